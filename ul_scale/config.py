@@ -1,0 +1,232 @@
+"""RunConfig: gathers the section dataclasses, loads and checks YAML, and gives a run its identity."""
+
+import dataclasses
+import difflib
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
+
+from ul_scale.checkpoint.store import CheckpointConfig
+from ul_scale.data.stream import DataConfig
+from ul_scale.models import zoo
+from ul_scale.parallel.engine import ParallelConfig
+from ul_scale.stages.autoencoder import AutoencoderLoss, AutoencoderModel
+from ul_scale.stages.base import BaseLoss, BaseModel
+from ul_scale.train.ema import EmaConfig
+from ul_scale.train.loop import TrainConfig
+from ul_scale.train.optim import OptimConfig
+
+METHOD_VERSION = 1
+"""Counts in every run's identity; raised when the same config would train to other numbers."""
+
+NOT_IDENTITY: dict[str, Any] = {"identity": False}
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoencoderRun:
+    """A stage-1 run."""
+
+    kind: str = "autoencoder"
+    name: str
+    seed: int = 0
+    root: str = field(default="runs", metadata=NOT_IDENTITY)
+    """Where run directories lie."""
+    data: DataConfig
+    model: AutoencoderModel
+    loss: AutoencoderLoss
+    train: TrainConfig
+    optim: OptimConfig
+    ema: EmaConfig
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    checkpoint: CheckpointConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoencoderRef:
+    """Section ``autoencoder`` of a base model: whose latents it is trained on."""
+
+    run: str
+    """Run id of a stage-1 run under the same root."""
+    step: int
+    """Its checkpoint."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseRun:
+    """A stage-2 run; its data are the latents of ``autoencoder``."""
+
+    kind: str = "base"
+    name: str
+    seed: int = 0
+    root: str = field(default="runs", metadata=NOT_IDENTITY)
+    """Where run directories lie."""
+    autoencoder: AutoencoderRef
+    data: DataConfig
+    model: BaseModel
+    loss: BaseLoss
+    train: TrainConfig
+    optim: OptimConfig
+    ema: EmaConfig
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    checkpoint: CheckpointConfig
+
+
+RunConfig = AutoencoderRun | BaseRun
+KINDS: dict[str, tuple[type, dict[str, zoo.Fields]]] = {
+    "autoencoder": (AutoencoderRun, zoo.AUTOENCODERS),
+    "base": (BaseRun, zoo.BASES),
+}
+T = TypeVar("T")
+
+
+def read_yaml(path: str | Path, _seen: tuple[Path, ...] = ()) -> DictConfig:
+    """Read a YAML file over the files that its ``defaults`` list names, relative to itself."""
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: no such config file")
+    if path.resolve() in _seen:
+        raise ValueError(f"{path}: its defaults lead back to itself")
+    try:
+        config = OmegaConf.load(path)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(config, DictConfig):
+        raise ValueError(f"{path}: expected keys and values at the top, not a list")
+    bases = [read_yaml(path.parent / base, (*_seen, path.resolve())) for base in config.pop("defaults", [])]
+    merged = OmegaConf.merge(*bases, config)
+    assert isinstance(merged, DictConfig)
+    return merged
+
+
+def apply_overrides(config: DictConfig, overrides: list[str]) -> DictConfig:
+    """Return config with ``a.b=c`` overrides; values are YAML."""
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals or not key:
+            raise ValueError(f"override {override!r}: expected key=value, such as train.steps=1000")
+        try:
+            OmegaConf.update(config, key, yaml.safe_load(value), force_add=True)
+        except (yaml.YAMLError, OmegaConfBaseException) as error:
+            raise ValueError(f"override {override!r}: {str(error).splitlines()[0]}") from None
+    return config
+
+
+def known_keys(schema: type, prefix: str = "") -> list[str]:
+    """Return every dotted key of a section dataclass."""
+    keys = []
+    for entry in dataclasses.fields(schema):
+        keys.append(prefix + entry.name)
+        if isinstance(entry.type, type) and dataclasses.is_dataclass(entry.type):
+            keys += known_keys(entry.type, f"{prefix}{entry.name}.")
+    return keys
+
+
+def _writable(node: Any) -> None:
+    """Let frozen dataclasses be merged into; OmegaConf marks each of them read-only."""
+    OmegaConf.set_readonly(node, None)
+    if isinstance(node, DictConfig | ListConfig) and not node._is_missing() and not node._is_none():
+        values = node._content.values() if isinstance(node, DictConfig) else node._content  # type: ignore[union-attr]
+        for child in values:
+            if isinstance(child, DictConfig | ListConfig):
+                _writable(child)
+
+
+def structure(schema: type[T], values: DictConfig, source: str) -> T:
+    """Return ``values`` as an instance of a section dataclass.
+
+    Raises:
+        ValueError: in one line: an unknown key with the nearest valid one, a missing key, or a value
+            of another type or outside its range.
+    """
+    typed = OmegaConf.structured(schema)
+    _writable(typed)
+    try:
+        result = OmegaConf.to_object(OmegaConf.merge(typed, values))
+    except ConfigKeyError as error:
+        key = error.full_key or "?"
+        near = difflib.get_close_matches(key, known_keys(schema), n=1, cutoff=0.4)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ValueError(f"{source}: unknown key {key}{hint}") from None
+    except MissingMandatoryValue as error:
+        raise ValueError(f"{source}: {error.full_key} is not set and has no default") from None
+    except OmegaConfBaseException as error:
+        first = str(error).splitlines()[0]
+        raise ValueError(f"{source}: {error.full_key}: {first}") from None
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from None
+    return result  # type: ignore[return-value]
+
+
+def resolve(values: DictConfig, source: str) -> RunConfig:
+    """Return a checked RunConfig: ``model.size`` filled in, types and ranges checked."""
+    kind = values.get("kind")
+    if kind not in KINDS:
+        raise ValueError(f"{source}: kind is {kind!r}; expected one of {', '.join(KINDS)}")
+    schema, sizes = KINDS[kind]
+    size = OmegaConf.select(values, "model.size")
+    if size is not None:
+        if size not in sizes:
+            raise ValueError(f"{source}: model.size is {size!r}; expected one of {', '.join(sizes)}")
+        values = OmegaConf.merge({"model": sizes[size]}, values)  # type: ignore[assignment]
+    return structure(schema, values, source)
+
+
+def load(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
+    """Read, override, resolve and check a run's config."""
+    return resolve(apply_overrides(read_yaml(path), overrides or []), str(path))
+
+
+def to_yaml(config: Any) -> str:
+    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
+
+
+def identity(section: Any) -> dict[str, Any]:
+    """Return the fields that count for identity, as plain JSON values.
+
+    A field counts unless its metadata says ``identity: False``; one that was added later is left out
+    while it has the value under its metadata's ``legacy``.
+    """
+    result = {}
+    for entry in dataclasses.fields(section):
+        value = getattr(section, entry.name)
+        if not entry.metadata.get("identity", True):
+            continue
+        if "legacy" in entry.metadata and value == entry.metadata["legacy"]:
+            continue
+        result[entry.name] = _plain(value)
+    return result
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return identity(value)
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    # 1 and 1.0 are the same setting, whichever way a YAML file writes it.
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def hash10(value: Any) -> str:
+    """Return the first 10 hex digits of the SHA-256 of a JSON value."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:10]
+
+
+def run_id(config: RunConfig, data_fingerprint: str | None) -> str:
+    """Return ``<name>-<hash10>``: what the run computes, not where or how.
+
+    Args:
+        config: resolved.
+        data_fingerprint: of the training shards; None for a base model, whose data are given by
+            ``autoencoder.run`` and ``autoencoder.step``, and for shards that cannot be read.
+    """
+    if isinstance(config, AutoencoderRun) and data_fingerprint is None:
+        return f"{config.name}-unresolved"
+    counted = {"method_version": METHOD_VERSION, "data_fingerprint": data_fingerprint, **identity(config)}
+    return f"{config.name}-{hash10(counted)}"

@@ -1,0 +1,96 @@
+"""The terms of the Unified Latents objective, per example and summed over dimensions, in nats.
+
+All networks predict v; every squared error below uses the equal forms of a variance-preserving process,
+e^λ ‖x − x̂‖² = ‖ε − ε̂‖² = sigmoid(λ) ‖v − v̂‖².
+"""
+
+import math
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ul_scale.diffusion.schedule import Schedule
+
+
+def sum_of_squares(a: Float[Tensor, "b ..."]) -> Float[Tensor, " b"]:
+    """Return the sum of squares of each example, in fp32 at least."""
+    return a.to(torch.promote_types(a.dtype, torch.float32)).square().flatten(1).sum(1)
+
+
+def eps_error(
+    v: Float[Tensor, "b ..."], v_hat: Float[Tensor, "b ..."], log_snr: Float[Tensor, " b"]
+) -> Float[Tensor, " b"]:
+    """Return ‖ε − ε̂‖² = sigmoid(λ) ‖v − v̂‖²."""
+    return torch.sigmoid(log_snr) * sum_of_squares(v - v_hat)
+
+
+def prior_elbo(
+    v: Float[Tensor, "b ..."],
+    v_hat: Float[Tensor, "b ..."],
+    t: Float[Tensor, " b"],
+    schedule: Schedule,
+) -> Float[Tensor, " b"]:
+    """Return the unweighted diffusion term ½ (−λ') e^λ ‖z_clean − ẑ‖², nats (UL, eq. for L_z)."""
+    return -0.5 * schedule.log_snr_slope(t) * eps_error(v, v_hat, schedule.log_snr(t))
+
+
+def kl_at_t1(z_clean: Float[Tensor, "b ..."], log_snr_min: float) -> Float[Tensor, " b"]:
+    """Return KL(q(z_1 | x) ‖ N(0, I)) = Σ ½ (α_1² z_clean² + σ_1² − 1 − ln σ_1²), nats."""
+    alpha2 = 1 / (1 + math.exp(-log_snr_min))
+    # σ² − 1 − ln σ² with σ² = 1 − α²; log1p keeps the digits that 1 − α² would lose.
+    constant = -alpha2 - math.log1p(-alpha2)
+    dims = z_clean[0].numel()
+    return 0.5 * (alpha2 * sum_of_squares(z_clean) + constant * dims)
+
+
+def decoder_loss(
+    v: Float[Tensor, "b ..."],
+    v_hat: Float[Tensor, "b ..."],
+    t: Float[Tensor, " b"],
+    schedule: Schedule,
+    *,
+    loss_factor: float | Tensor,
+    loss_bias: float,
+) -> Float[Tensor, " b"]:
+    """Return ½ (−λ') c_lf sigmoid(b − λ) ‖ε − ε̂‖², nats (UL, Fig. 3).
+
+    The weight discounts low noise levels; its value 1 is the break-even between a nat of latent and a
+    nat of image. The KL at t = 1 has no gradient and is left out.
+    """
+    return loss_factor * base_loss(v, v_hat, t, schedule, loss_bias=loss_bias)
+
+
+def base_loss(
+    v: Float[Tensor, "b ..."],
+    v_hat: Float[Tensor, "b ..."],
+    t: Float[Tensor, " b"],
+    schedule: Schedule,
+    *,
+    loss_bias: float,
+) -> Float[Tensor, " b"]:
+    """Return the sigmoid-weighted loss ½ (−λ') sigmoid(b − λ) ‖ε − ε̂‖² (SiD2, arXiv 2410.19324), nats."""
+    log_snr = schedule.log_snr(t)
+    weight = -0.5 * schedule.log_snr_slope(t) * torch.sigmoid(loss_bias - log_snr)
+    return weight * eps_error(v, v_hat, log_snr)
+
+
+def bits_per_pixel(nats: Tensor, num_pixels: int) -> Tensor:
+    """Return nats / (H · W · ln 2); for video, count the pixels of all frames."""
+    return nats / (num_pixels * math.log(2))
+
+
+def scale_gradient(x: Tensor, scale: float) -> Tensor:
+    """Return x with its gradient multiplied by ``scale``; the value does not change."""
+    return x if scale == 1.0 else x.detach() + scale * (x - x.detach())
+
+
+def stratified_t(offset: float, permutation: Float[Tensor, " b"], batch_size: int) -> Float[Tensor, " b"]:
+    """Return times in [0, 1): one per stratum of width 1 / batch_size, all moved by the same offset.
+
+    Args:
+        offset: one uniform number in [0, 1) for the whole batch.
+        permutation: which stratum each example takes, values in [0, batch_size).
+        batch_size: the *global* batch size.
+    """
+    return (permutation + offset) / batch_size

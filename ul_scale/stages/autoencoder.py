@@ -1,0 +1,163 @@
+"""Stage 1: encoder, diffusion prior and diffusion decoder, trained together (Unified Latents, section 3)."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ul_scale.diffusion import losses, samplers
+from ul_scale.diffusion.process import add_noise, v_from_x_eps
+from ul_scale.diffusion.schedule import latent_schedule, pixel_schedule
+from ul_scale.models.encoder import Encoder, EncoderConfig
+from ul_scale.models.uvit import UViT, UViTConfig
+from ul_scale.stages.noise import NoiseSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoencoderModel:
+    """Section ``model`` of an autoencoder; ``size`` fills in what is not given."""
+
+    size: str | None = None
+    latent_channels: int
+    encoder: EncoderConfig
+    prior: UViTConfig
+    decoder: UViTConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoencoderLoss:
+    """Section ``loss`` of an autoencoder."""
+
+    loss_factor: float
+    """c_lf, the weight of the decoder's loss: the dial of the bitrate. At c_lf ≤ 1 the latent collapses."""
+    loss_bias: float
+    """b of sigmoid(b − λ), nats; a higher b also raises the bitrate."""
+    log_snr_max: float = 5.0
+    """λ_z(0): the encoder's fixed noise, which is the prior's lowest noise level, nats."""
+    log_snr_min: float = -10.0
+    """λ_z(1), nats."""
+    encoder_gradient_ramp_steps: int = 0
+    """Steps over which the gradient of the prior's loss into the encoder rises from 0 to 1. Short runs
+    need it: before the decoder has learned to use z_0, that gradient shrinks the latent to nothing. 0 is
+    the paper's objective."""
+
+    def __post_init__(self) -> None:
+        if self.loss_factor <= 0:
+            raise ValueError(f"loss.loss_factor is {self.loss_factor}; expected a number above 0")
+        if self.encoder_gradient_ramp_steps < 0:
+            raise ValueError("loss.encoder_gradient_ramp_steps must not be negative")
+
+
+class AutoencoderStage(nn.Module):
+    """Map (batch, noise, step) to per-example losses in bits per pixel.
+
+    Args:
+        model: shapes of the three networks.
+        loss: weights of the objective.
+        image_size: H = W of the images, pixels.
+        channels: colour channels of the images.
+    """
+
+    def __init__(self, model: AutoencoderModel, loss: AutoencoderLoss, *, image_size: int, channels: int):
+        super().__init__()
+        downsampling = model.encoder.downsampling
+        for name, factor in (
+            ("encoder", downsampling),
+            ("prior", downsampling * model.prior.downsampling),
+            ("decoder", model.decoder.downsampling),
+        ):
+            if image_size % factor:
+                raise ValueError(
+                    f"data.image_size is {image_size}; model.{name} needs a multiple of {factor}"
+                )
+        self.loss = loss
+        self.num_pixels = image_size**2
+        self.image_shape = (channels, image_size, image_size)
+        self.latent_shape = (model.latent_channels, image_size // downsampling, image_size // downsampling)
+        self.latent_schedule = latent_schedule(loss.log_snr_max, loss.log_snr_min)
+        self.pixel_schedule = pixel_schedule(image_size)
+        self.encoder = Encoder(model.encoder, channels, model.latent_channels)
+        self.prior = UViT(model.prior, model.latent_channels)
+        self.decoder = UViT(
+            model.decoder, channels, z_channels=model.latent_channels, z_downsampling=downsampling
+        )
+
+    @property
+    def noise_spec(self) -> NoiseSpec:
+        return NoiseSpec(
+            times=("prior", "decoder"),
+            eps={"z_0": self.latent_shape, "prior": self.latent_shape, "decoder": self.image_shape},
+        )
+
+    def forward(
+        self, batch: Mapping[str, Tensor], noise: Mapping[str, Tensor], step: int
+    ) -> dict[str, Tensor]:
+        x = batch["x"]
+        z_clean = self.encoder(x)
+
+        # The prior's gradient reaches the encoder through z_t and through its target.
+        ramp = self.loss.encoder_gradient_ramp_steps
+        z = losses.scale_gradient(z_clean, min(1.0, step / ramp) if ramp else 1.0)
+        diffusion, kl = self._prior_terms(z, noise["t/prior"], noise["eps/prior"])
+
+        z_0 = self.add_encoder_noise(z_clean, noise["eps/z_0"])
+        t, eps = noise["t/decoder"], noise["eps/decoder"]
+        log_snr = self.pixel_schedule.log_snr(t)
+        v_hat = self.decoder(add_noise(x, eps, log_snr), log_snr, z=z_0)
+        decoder = losses.decoder_loss(
+            v_from_x_eps(x, eps, log_snr),
+            v_hat,
+            t,
+            self.pixel_schedule,
+            loss_factor=self.loss.loss_factor,
+            loss_bias=self.loss.loss_bias,
+        )
+
+        prior = losses.bits_per_pixel(diffusion + kl, self.num_pixels)
+        decoder = losses.bits_per_pixel(decoder, self.num_pixels)
+        return {
+            "loss": prior + decoder,
+            "loss/prior": prior,
+            "loss/decoder": decoder,
+            "bits_per_pixel": prior.detach(),
+            "bits_per_pixel/kl": losses.bits_per_pixel(kl.detach(), self.num_pixels),
+            "z_clean_square": z_clean.detach().square().flatten(1).mean(1),
+        }
+
+    def _prior_terms(self, z_clean: Tensor, t: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
+        log_snr = self.latent_schedule.log_snr(t)
+        v_hat = self.prior(add_noise(z_clean, eps, log_snr), log_snr)
+        v = v_from_x_eps(z_clean, eps, log_snr)
+        diffusion = losses.prior_elbo(v, v_hat, t, self.latent_schedule)
+        return diffusion, losses.kl_at_t1(z_clean, self.loss.log_snr_min)
+
+    def latent_nats(self, z_clean: Tensor, t: Tensor, eps: Tensor, label: Tensor | None = None) -> Tensor:
+        """Return the prior's estimate of each latent's bitrate at times t, (b,) nats; it takes no label."""
+        diffusion, kl = self._prior_terms(z_clean, t, eps)
+        return diffusion + kl
+
+    def add_encoder_noise(self, z_clean: Tensor, eps: Tensor) -> Tensor:
+        """Return z_0 = α_0 z_clean + σ_0 ε, in the encoder's units: z_clean is never normalised first."""
+        return add_noise(z_clean, eps, z_clean.new_full((len(z_clean),), self.loss.log_snr_max))
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Return z_clean (b, latent_channels, h, w) of images (b, c, H, W)."""
+        return self.encoder(x)
+
+    def decode(self, z_0: Tensor, *, num_steps: int, generators: Sequence[torch.Generator]) -> Tensor:
+        """Return images sampled from the diffusion decoder given the *noisy* z_0.
+
+        Args:
+            z_0: (b, latent_channels, h, w), at λ = 5.
+            num_steps: ancestral steps.
+            generators: one for each example, on z_0's device.
+        """
+        x_1 = torch.stack([torch.randn(self.image_shape, generator=g, device=z_0.device) for g in generators])
+        return samplers.ancestral(
+            lambda x_t, log_snr: self.decoder(x_t, log_snr, z=z_0),
+            x_1,
+            self.pixel_schedule,
+            num_steps=num_steps,
+            generators=generators,
+        )

@@ -1,0 +1,62 @@
+"""The noise of a training step: keyed by (seed, step, purpose, lane), so the same for every world size."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ul_scale import keyed
+from ul_scale.diffusion.losses import stratified_t
+
+
+@dataclass(frozen=True)
+class NoiseSpec:
+    """What a stage draws per step: times by purpose, and normal noise by purpose with its shape per example."""
+
+    times: tuple[str, ...]
+    eps: Mapping[str, tuple[int, ...]]
+
+
+def draw_noise(
+    spec: NoiseSpec,
+    *,
+    seed: int,
+    step: int,
+    lanes: Sequence[int],
+    lane_size: int,
+    batch_size: int,
+    device: torch.device | str = "cpu",
+) -> dict[str, Tensor]:
+    """Return ``t/<purpose>`` (b,) and ``eps/<purpose>`` (b, ...) for the given lanes' examples, in order.
+
+    t is stratified over the *global* batch, with one offset and one permutation per purpose; ε is drawn
+    on the device for whole lanes.
+
+    Args:
+        spec: what to draw.
+        seed: the run's seed.
+        step: the step, from 0.
+        lanes: the lanes that this rank holds.
+        lane_size: examples per lane.
+        batch_size: the global batch size.
+        device: where the noise is needed. CPU and CUDA streams differ.
+    """
+    noise = {}
+    for purpose in spec.times:
+        strata = keyed.permutation(batch_size, seed, f"t/{purpose}", step).reshape(-1, lane_size)[list(lanes)]
+        offset = keyed.uniform(seed, f"t/{purpose}/offset", step)
+        strata_f = torch.as_tensor(strata.ravel(), dtype=torch.float32, device=device)
+        noise[f"t/{purpose}"] = stratified_t(offset, strata_f, batch_size)
+    for purpose, shape in spec.eps.items():
+        noise[f"eps/{purpose}"] = torch.cat(
+            [
+                torch.randn(
+                    (lane_size, *shape),
+                    generator=keyed.generator(device, seed, f"eps/{purpose}", step, lane),
+                    device=device,
+                )
+                for lane in lanes
+            ]
+        )
+    return noise

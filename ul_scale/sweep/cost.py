@@ -1,0 +1,62 @@
+"""What a run costs in FLOPs: the abscissa of every chart. A multiply-accumulate counts as 2."""
+
+from dataclasses import dataclass
+
+import torch
+
+from ul_scale.config import AutoencoderRun, BaseRun
+from ul_scale.models.flops import TRAINING_FACTOR, forward_flops, num_parameters
+from ul_scale.stages.autoencoder import AutoencoderStage
+from ul_scale.train.worker import build_stage
+
+
+@dataclass(frozen=True)
+class Cost:
+    """FLOPs of one run's networks, per image."""
+
+    parameters: int
+    forward_flops: int
+    """Of what one training example takes forward: all three networks of an autoencoder, or the base model."""
+    batch_size: int
+    encode_flops: int = 0
+    decode_flops: int = 0
+    """Of one decoder step."""
+
+    def train_flops(self, steps: int) -> int:
+        return TRAINING_FACTOR * self.forward_flops * self.batch_size * steps
+
+
+def _meta(*shape: int) -> torch.Tensor:
+    return torch.zeros(1, *shape, device="meta")
+
+
+def _autoencoder_stage(config: AutoencoderRun) -> AutoencoderStage:
+    with torch.device("meta"):
+        stage = build_stage(config)
+    assert isinstance(stage, AutoencoderStage)
+    return stage
+
+
+def autoencoder_cost(config: AutoencoderRun) -> Cost:
+    stage = _autoencoder_stage(config)
+    x, z, log_snr = _meta(*stage.image_shape), _meta(*stage.latent_shape), _meta()
+    encode = forward_flops(stage.encoder, lambda net: net(x))
+    prior = forward_flops(stage.prior, lambda net: net(z, log_snr))
+    decode = forward_flops(stage.decoder, lambda net: net(x, log_snr, z=z))
+    total = encode + prior + decode
+    return Cost(num_parameters(stage), total, config.train.batch_size, encode, decode)
+
+
+def base_cost(config: BaseRun, autoencoder: AutoencoderRun) -> Cost:
+    parent = _autoencoder_stage(autoencoder)
+    latents = {
+        "shape": parent.latent_shape,
+        "num_pixels": parent.num_pixels,
+        "std": 1.0,
+        "log_snr_max": autoencoder.loss.log_snr_max,
+    }
+    with torch.device("meta"):
+        stage = build_stage(config, latents)
+    z, log_snr, label = _meta(*parent.latent_shape), _meta(), torch.zeros(1, dtype=torch.long, device="meta")
+    forward = forward_flops(stage.net, lambda net: net(z, log_snr, label))
+    return Cost(num_parameters(stage), forward, config.train.batch_size)

@@ -1,0 +1,233 @@
+"""From a sweep config to a DAG of content-addressed work: autoencoder → latents → base model → evaluations."""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from ul_scale import config as configs
+from ul_scale.checkpoint import store
+from ul_scale.config import AutoencoderRun, BaseRun, RunConfig
+from ul_scale.data.index import open_index
+from ul_scale.evaluate.encode import is_encoded
+from ul_scale.evaluate.metrics import EvaluationConfig, read_evaluation
+from ul_scale.sweep.cost import Cost, autoencoder_cost, base_cost
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepConfig:
+    """A grid of stage-1 templates × bitrates and stage-2 templates × sizes × seeds."""
+
+    kind: str = "sweep"
+    name: str
+    root: str = "runs"
+    autoencoder: str
+    """Config of the autoencoders, relative to the sweep's file."""
+    base: str
+    """Config of the base models, relative to the sweep's file."""
+    loss_factors: list[float]
+    sizes: list[str]
+    size_overrides: dict[str, list[str]] = field(default_factory=dict)
+    """Overrides of the base config by size, such as a learning rate."""
+    seeds: list[int] = field(default_factory=lambda: [0])
+    """Seeds of the base models."""
+    autoencoder_seed: int = 0
+    evaluation_points: int = 3
+    """Compute points of each base model, log-spaced; the last is the end of its training."""
+    evaluation_span: float = 4.0
+    """Steps of the last point / steps of the first."""
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("loss_factors", "sizes", "seeds"):
+            values = getattr(self, name)
+            if not values or len(set(values)) != len(values):
+                raise ValueError(f"{name} is {list(values)}; expected one or more different values")
+        if self.evaluation_points < 1 or self.evaluation_span <= 1:
+            raise ValueError("evaluation_points must be 1 or more, and evaluation_span above 1")
+        unknown = set(self.size_overrides) - set(self.sizes)
+        if unknown:
+            raise ValueError(
+                f"size_overrides names {', '.join(sorted(unknown))}, not among sizes {list(self.sizes)}"
+            )
+
+
+@dataclass(frozen=True)
+class Node:
+    """One piece of work: a process of ``ul-scale``, done when its files are there."""
+
+    id: str
+    kind: str
+    """``autoencoder``, ``encode``, ``base`` or ``evaluate``."""
+    command: tuple[str, ...]
+    """Arguments of ``ul-scale``."""
+    run_dir: Path
+    steps: int
+    """Training steps, for the progress display; 0 where it does not train."""
+    flops: float
+    parents: tuple[str, ...]
+    done: Callable[[], bool] = dataclasses.field(compare=False)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A base model of the grid, and the autoencoder that it stands on."""
+
+    autoencoder_dir: Path
+    autoencoder: AutoencoderRun
+    base_dir: Path
+    base: BaseRun
+    evaluation_steps: list[int]
+    cost: Cost
+    autoencoder_cost: Cost
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a sweep consists of."""
+
+    config: SweepConfig
+    directory: Path
+    nodes: list[Node]
+    runs: dict[str, RunConfig]
+    """Resolved config of every run to train, by run id."""
+    cells: list[Cell]
+
+
+def load_sweep(path: str | Path, overrides: list[str] | None = None) -> tuple[SweepConfig, Path]:
+    """Return a sweep's config, and the folder that its templates are relative to."""
+    values = configs.apply_overrides(configs.read_yaml(path), overrides or [])
+    return configs.structure(SweepConfig, values, str(path)), Path(path).parent
+
+
+def evaluation_steps(steps: int, points: int, span: float) -> list[int]:
+    """Return log-spaced steps up to ``steps``, the first at ``steps / span``."""
+    if points == 1:
+        return [steps]
+    return sorted({max(1, round(steps * span ** (i / (points - 1) - 1))) for i in range(points)})
+
+
+def plan_sweep(sweep: SweepConfig, folder: Path) -> Plan:
+    """Expand a sweep.
+
+    Raises:
+        ValueError: in one line, if a template, a size or the data does not fit.
+    """
+    directory = Path(sweep.root) / "sweeps" / sweep.name
+    nodes: list[Node] = []
+    runs: dict[str, RunConfig] = {}
+    cells: list[Cell] = []
+    for loss_factor in sweep.loss_factors:
+        autoencoder = _template(
+            folder / sweep.autoencoder,
+            sweep,
+            [f"loss.loss_factor={loss_factor}", f"seed={sweep.autoencoder_seed}"],
+            {"name": f"autoencoder-c{loss_factor:g}"},
+        )
+        assert isinstance(autoencoder, AutoencoderRun)
+        if autoencoder.data.train is None or autoencoder.data.val is None:
+            raise ValueError(f"{folder / sweep.autoencoder}: a sweep needs data.train and data.val")
+        index = open_index(autoencoder.data.train)
+        run_id = configs.run_id(autoencoder, index.fingerprint)
+        runs[run_id] = autoencoder
+        run_dir, last = Path(sweep.root) / run_id, autoencoder.train.last_step
+        ae_cost = autoencoder_cost(autoencoder)
+        nodes += [
+            _train_node(run_id, "autoencoder", directory, run_dir, last, ae_cost.train_flops(last), ()),
+            Node(
+                f"{run_id}/latents",
+                "encode",
+                ("encode", str(run_dir), "--step", str(last)),
+                run_dir,
+                0,
+                ae_cost.encode_flops * len(index),
+                (run_id,),
+                lambda run_dir=run_dir, last=last: all(
+                    is_encoded(run_dir, last, s) for s in ("train", "val")
+                ),
+            ),
+            _evaluate_node(run_id, run_dir, [last], sweep, ae_cost, (run_id,)),
+        ]
+        for size in sweep.sizes:
+            for seed in sweep.seeds:
+                base = _template(
+                    folder / sweep.base,
+                    sweep,
+                    [f"model.size={size}", f"seed={seed}", *sweep.size_overrides.get(size, [])],
+                    {"name": f"base-c{loss_factor:g}-{size}", "autoencoder": {"run": run_id, "step": last}},
+                )
+                assert isinstance(base, BaseRun)
+                points = evaluation_steps(
+                    base.train.last_step, sweep.evaluation_points, sweep.evaluation_span
+                )
+                keep = dataclasses.replace(base.checkpoint, keep_steps=points)
+                base = dataclasses.replace(base, checkpoint=keep)
+                base_id = configs.run_id(base, None)
+                runs[base_id] = base
+                base_dir, cost = Path(sweep.root) / base_id, base_cost(base, autoencoder)
+                latents = f"{run_id}/latents"
+                training = cost.train_flops(base.train.last_step)
+                nodes += [
+                    _train_node(
+                        base_id, "base", directory, base_dir, base.train.last_step, training, (latents,)
+                    ),
+                    _evaluate_node(base_id, base_dir, points, sweep, ae_cost, (base_id,), cost),
+                ]
+                cells.append(Cell(run_dir, autoencoder, base_dir, base, points, cost, ae_cost))
+    return Plan(sweep, directory, nodes, runs, cells)
+
+
+def _template(path: Path, sweep: SweepConfig, overrides: list[str], values: dict[str, Any]) -> RunConfig:
+    config = configs.read_yaml(path)
+    merged = OmegaConf.merge(config, {"root": sweep.root}, values)
+    assert isinstance(merged, DictConfig)
+    return configs.resolve(configs.apply_overrides(merged, overrides), str(path))
+
+
+def config_path(directory: Path, run_id: str) -> Path:
+    """Return where a sweep writes the resolved config of a run."""
+    return directory / "configs" / f"{run_id}.yaml"
+
+
+def _train_node(
+    run_id: str, kind: str, directory: Path, run_dir: Path, steps: int, flops: float, parents: tuple[str, ...]
+) -> Node:
+    return Node(
+        run_id,
+        kind,
+        ("train", str(config_path(directory, run_id))),
+        run_dir,
+        steps,
+        flops,
+        parents,
+        lambda: (store.read_success(run_dir) or 0) >= steps,
+    )
+
+
+def _evaluate_node(
+    run_id: str,
+    run_dir: Path,
+    steps: list[int],
+    sweep: SweepConfig,
+    autoencoder: Cost,
+    parents: tuple[str, ...],
+    base: Cost | None = None,
+) -> Node:
+    evaluation = sweep.evaluation
+    settings = [f"{key}={value}" for key, value in dataclasses.asdict(evaluation).items()]
+    step_args = [argument for step in steps for argument in ("--step", str(step))]
+    per_image = autoencoder.forward_flops * evaluation.decoder_steps
+    per_image += base.forward_flops * evaluation.base_steps if base else 0
+    return Node(
+        f"{run_id}/evals",
+        "evaluate",
+        ("evaluate", str(run_dir), *step_args, *settings),
+        run_dir,
+        0,
+        per_image * evaluation.samples * len(steps),
+        parents,
+        lambda: all(read_evaluation(run_dir, step, evaluation) is not None for step in steps),
+    )

@@ -1,0 +1,52 @@
+"""AdamW and its learning-rate schedule: warm-up, constant, and a cosine decay over the last part."""
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """Section ``optim``."""
+
+    lr: float = 1e-4
+    warmup_steps: int = 10_000
+    decay_fraction: float = 0.0
+    """Share of ``train.steps``, at the end, over which lr falls to 0 along a cosine. 0: constant; 1: cosine."""
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.99])
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0
+    """Largest global gradient norm."""
+
+    def __post_init__(self) -> None:
+        if not self.lr > 0:
+            raise ValueError(f"optim.lr is {self.lr}; expected a number above 0")
+        if not 0 <= self.decay_fraction <= 1:
+            raise ValueError(f"optim.decay_fraction is {self.decay_fraction}; expected a share from 0 to 1")
+        if not self.clip_norm > 0:
+            raise ValueError(f"optim.clip_norm is {self.clip_norm}; expected a number above 0")
+
+
+def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
+    """Return the learning rate of step ``step`` (from 0) of ``steps``."""
+    warmup = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
+    decay_steps = config.decay_fraction * steps
+    into_decay = step - (steps - decay_steps)
+    decay = (
+        0.5 * (1 + math.cos(math.pi * into_decay / decay_steps)) if decay_steps and into_decay > 0 else 1.0
+    )
+    return config.lr * warmup * decay
+
+
+def build_optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
+    return torch.optim.AdamW(
+        module.parameters(),
+        lr=config.lr,
+        betas=(config.betas[0], config.betas[1]),
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        foreach=True,
+    )
