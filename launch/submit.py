@@ -19,7 +19,7 @@ EXAMPLES = """\
 examples:
   python launch/submit.py configs/quickstart/sweep.yaml --backend local --dry-run
   python launch/submit.py configs/quickstart/sweep.yaml --backend local
-  python launch/submit.py configs/quickstart/autoencoder.yaml --backend local --processes 2 parallel.engine=fsdp
+  python launch/submit.py configs/quickstart/autoencoder.yaml --processes 2 parallel.engine=fsdp
 """
 
 

@@ -1,7 +1,51 @@
-"""Shapes in signatures are checked while the tests run."""
+"""Shapes in signatures are checked while the tests run; and a tiny data set with runs to train on it."""
 
+from pathlib import Path
+
+import numpy as np
+import pytest
 import torch
+import yaml
 from jaxtyping import install_import_hook
+from PIL import Image
 
 torch.set_num_threads(1)
 install_import_hook(["ul_scale.diffusion"], "beartype.beartype")
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory) -> dict[str, str]:
+    """Return the folders of a training and a held-out set: two classes of bright squares on noise."""
+    from ul_scale.data.build import build_class_folders
+
+    root = tmp_path_factory.mktemp("images")
+    urls = {}
+    for split, count in (("train", 24), ("val", 8)):
+        rng = np.random.default_rng(len(split))
+        for label, corner in (("left", 2), ("right", 9)):
+            folder = root / split / label
+            folder.mkdir(parents=True)
+            for number in range(count):
+                pixels = rng.integers(0, 60, (16, 16), dtype=np.uint8)
+                pixels[4:12, corner : corner + 5] = rng.integers(180, 255)
+                Image.fromarray(pixels).save(folder / f"{number:03d}.png")
+        urls[split] = str(root / "shards" / split)
+        build_class_folders(str(root / split), urls[split], samples_per_shard=10)
+    return urls
+
+
+@pytest.fixture
+def write_config(tmp_path, shards):
+    """Return a function that writes a config over one of the templates above, and returns its path."""
+
+    def write(template: dict, name: str = "config.yaml", **sections) -> Path:
+        values = {key: dict(value) if isinstance(value, dict) else value for key, value in template.items()}
+        values["root"] = str(tmp_path / "runs")
+        if template["kind"] == "autoencoder":
+            values["data"] |= shards
+        for section, changes in sections.items():
+            values[section] = values[section] | changes if isinstance(changes, dict) else changes
+        path = tmp_path / name
+        path.write_text(yaml.safe_dump(values))
+        return path
+
+    return write

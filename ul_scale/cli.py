@@ -43,7 +43,7 @@ def train(config: ConfigPath, overrides: Overrides = None, dry_run: DryRun = Fal
     Examples:
     - `ul-scale train configs/quickstart/autoencoder.yaml`
     - `ul-scale train configs/quickstart/autoencoder.yaml loss.loss_factor=3 train.steps=500`
-    - `torchrun --nproc-per-node=2 -m ul_scale.cli train configs/quickstart/autoencoder.yaml parallel.engine=fsdp`
+    - `torchrun --nproc-per-node=2 -m ul_scale.cli train CONFIG parallel.engine=fsdp`
     """
     from ul_scale.config import load
     from ul_scale.train import worker
@@ -97,14 +97,14 @@ def evaluate(
 
     from omegaconf import OmegaConf
 
-    from ul_scale.checkpoint.store import complete_steps
     from ul_scale.config import apply_overrides, structure
     from ul_scale.evaluate.metrics import EvaluationConfig
     from ul_scale.evaluate.metrics import evaluate as evaluate_run
+    from ul_scale.evaluate.restore import newest_step
 
     values = apply_overrides(OmegaConf.create({}), settings or [])
     evaluation = structure(EvaluationConfig, values, "evaluate")
-    for number in step or complete_steps(run)[-1:]:
+    for number in step or [newest_step(run)]:
         print(json.dumps(evaluate_run(run, number, evaluation), indent=1), flush=True)
 
 

@@ -111,7 +111,7 @@ def apply_overrides(config: DictConfig, overrides: list[str]) -> DictConfig:
         if not equals or not key:
             raise ValueError(f"override {override!r}: expected key=value, such as train.steps=1000")
         try:
-            OmegaConf.update(config, key, yaml.safe_load(value), force_add=True)
+            OmegaConf.update(config, key, yaml.safe_load(value), merge=False, force_add=True)
         except (yaml.YAMLError, OmegaConfBaseException) as error:
             raise ValueError(f"override {override!r}: {str(error).splitlines()[0]}") from None
     return config
@@ -130,11 +130,10 @@ def known_keys(schema: type, prefix: str = "") -> list[str]:
 def _writable(node: Any) -> None:
     """Let frozen dataclasses be merged into; OmegaConf marks each of them read-only."""
     OmegaConf.set_readonly(node, None)
-    if isinstance(node, DictConfig | ListConfig) and not node._is_missing() and not node._is_none():
-        values = node._content.values() if isinstance(node, DictConfig) else node._content  # type: ignore[union-attr]
-        for child in values:
-            if isinstance(child, DictConfig | ListConfig):
-                _writable(child)
+    content = node._content
+    for child in content.values() if isinstance(content, dict) else content or ():
+        if isinstance(child, DictConfig | ListConfig):
+            _writable(child)
 
 
 def structure(schema: type[T], values: DictConfig, source: str) -> T:

@@ -11,7 +11,7 @@ _PR_SET_PDEATHSIG = 1
 
 
 def end_with_scheduler() -> None:
-    """Ask the kernel to kill this process when the scheduler that started it dies; without one, do nothing."""
+    """Ask the kernel to kill this process when the scheduler that started it dies, if one did."""
     scheduler = os.environ.get(SCHEDULER_PID)
     if scheduler is None or not sys.platform.startswith("linux"):
         return

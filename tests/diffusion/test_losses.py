@@ -44,7 +44,6 @@ def test_gaussian_bound_is_2_5034_nats_per_dimension():
     schedule = latent_schedule()
     n = 200_001
     t = losses.stratified_t(0.5, torch.arange(n, dtype=torch.float64), n)
-    log_snr = schedule.log_snr(t)
     # E ‖z − ẑ‖² = 1 / (1 + e^λ) for unit variance; in v form the error is that divided by σ² = sigmoid(−λ).
     v = torch.ones(n, 1, dtype=torch.float64)
     integral = losses.prior_elbo(v, torch.zeros_like(v), t, schedule).mean()
@@ -88,13 +87,6 @@ def test_decoder_loss_is_the_papers_formula():
 
 def test_bits_per_pixel():
     assert losses.bits_per_pixel(torch.tensor(1024 * math.log(2)), 32 * 32).item() == pytest.approx(1.0)
-
-
-def test_scale_gradient_keeps_the_value_and_scales_the_gradient():
-    x = torch.tensor([2.0], requires_grad=True)
-    y = losses.scale_gradient(x, 0.25)
-    (gradient,) = torch.autograd.grad(3 * y.sum(), x)
-    assert y.item() == 2.0 and gradient.item() == 0.75
 
 
 def test_stratified_t_has_one_value_in_each_stratum():

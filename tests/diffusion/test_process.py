@@ -34,7 +34,7 @@ def test_variance_is_preserved_and_log_snr_is_the_ratio(draw):
 
 @pytest.mark.parametrize("std", [0.09, 1.0, 3.0])
 def test_preconditioning_gives_unit_variances_for_any_std(draw, std):
-    x, eps, log_snr = draw
+    x, _, log_snr = draw
     scale = torch.tensor(std, dtype=torch.float64)
     c_in, c_skip, c_out = precondition_v(log_snr, scale, x)
     alpha, sigma = alpha_sigma(log_snr, x)

@@ -35,10 +35,10 @@ def batch_and_noise(stage, b=4):
     return {"x": x}, noise
 
 
-def encoder_gradient(stage, term, step=0):
+def encoder_gradient(stage, term):
     batch, noise = batch_and_noise(stage)
     stage.zero_grad()
-    stage(batch, noise, step)[term].sum().backward()
+    stage(batch, noise, 0)[term].sum().backward()
     return torch.cat(
         [p.grad.flatten() for p in stage.encoder.parameters() if p.grad is not None] or [torch.zeros(1)]
     )
@@ -94,22 +94,19 @@ def test_decoder_gradient_reaches_the_encoder_through_z_0():
     assert encoder_gradient(make_stage(), "loss/decoder").norm() > 0
 
 
-def test_ramp_scales_the_priors_gradient_into_the_encoder_only():
-    plain = encoder_gradient(make_stage(), "loss/prior")
-    ramped = make_stage(encoder_gradient_ramp_steps=100)
-    torch.testing.assert_close(
-        encoder_gradient(ramped, "loss/prior", step=25), 0.25 * plain, rtol=1e-4, atol=1e-7
-    )
-    torch.testing.assert_close(encoder_gradient(ramped, "loss/prior", step=100), plain)
-    batch, noise = batch_and_noise(ramped)
-    torch.testing.assert_close(ramped(batch, noise, 0)["loss"], make_stage()(batch, noise, 0)["loss"])
-    for stage, step in ((make_stage(), 0), (ramped, 25)):
-        stage.zero_grad()
-        stage(batch, noise, step)["loss/prior"].sum().backward()
-        gradient = torch.cat([p.grad.flatten() for p in stage.prior.parameters()])
-        if step:
-            torch.testing.assert_close(gradient, reference)
-        reference = gradient
+def test_warm_start_moves_the_loss_factor_and_nothing_else():
+    stage = make_stage(loss_factor=2.0, loss_factor_start=8.0, loss_factor_warmup_steps=100)
+    factors = [stage.loss.loss_factor_at(step) for step in (0, 50, 100, 5000)]
+    assert factors == pytest.approx([8.0, 4.0, 2.0, 2.0])
+    batch, noise = batch_and_noise(stage)
+    early, late = stage(batch, noise, 50), stage(batch, noise, 100)
+    torch.testing.assert_close(early["loss/decoder"], 2 * late["loss/decoder"])
+    torch.testing.assert_close(early["loss/prior"], late["loss/prior"])
+
+
+def test_half_a_warm_start_is_refused():
+    with pytest.raises(ValueError, match="expected both or neither"):
+        AutoencoderLoss(loss_factor=2.0, loss_bias=3.0, loss_factor_start=8.0)
 
 
 def test_encoder_noise_is_added_in_encoder_units():

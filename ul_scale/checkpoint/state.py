@@ -24,7 +24,8 @@ def save(state: dict[str, Any], run_dir: Path, step: int, attempt: Attempt | Non
     directory = store.checkpoint_dir(run_dir, step, number, create=attempt is not None)
     if dist.is_initialized():
         dist.barrier()
-    dcp.save(state, storage_writer=FileSystemWriter(directory, single_file_per_rank=True, sync_files=True))
+    writer = FileSystemWriter(directory, single_file_per_rank=True, sync_files=True)
+    dcp.save(state, storage_writer=writer, no_dist=not dist.is_initialized())
     files = store.hash_files(directory, prefixes=(f"__{dist.get_rank() if dist.is_initialized() else 0}_",))
     if dist.is_initialized():
         gathered: list[dict[str, Any]] = [{}] * dist.get_world_size()
@@ -43,4 +44,5 @@ def load(state: dict[str, Any], run_dir: Path, step: int) -> None:
     torch keeps the layout of a checkpoint in a pickle: call ``store.verify`` first, which compares every
     file with the hashes in COMMIT.
     """
-    dcp.load(state, storage_reader=FileSystemReader(store.shard_dir(run_dir, step)))
+    reader = FileSystemReader(store.shard_dir(run_dir, step))
+    dcp.load(state, storage_reader=reader, no_dist=not dist.is_initialized())

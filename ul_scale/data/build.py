@@ -141,7 +141,7 @@ def build_class_folders(
     )
     task = progress.add_task(f"Writing {len(missing)} shards", total=sum(map(len, missing.values())))
 
-    def write_shard(name: str) -> int:
+    def write_shard(name: str) -> None:
         shard = ShardWriter(record.fs, f"{record.root}/{name}")
         try:
             for sample in missing[name]:
@@ -150,16 +150,16 @@ def build_class_folders(
                 part, image = _encode(fs, sample, shortest_side, image_format)
                 shard.write(sample.key, {part: image, "cls": str(sample.label).encode()})
                 progress.advance(task)
-            return shard.commit()
         except BaseException:
             shard.discard()
             raise
+        record.add(name, shard.commit())
 
     with progress, ThreadPoolExecutor(threads or os.cpu_count() or 1) as pool:
-        futures = {pool.submit(write_shard, name): name for name in missing}
+        futures = [pool.submit(write_shard, name) for name in missing]
         try:
             for future in as_completed(futures):
-                record.add(futures[future], future.result())
+                future.result()
         except BaseException:
             stop.set()
             pool.shutdown(cancel_futures=True)
@@ -227,7 +227,7 @@ class _Record:
         self.fs.makedirs(self.root, exist_ok=True)
         self._given = hashlib.blake2b(json.dumps(given).encode(), digest_size=16).hexdigest()
         self._present = {name: info["size"] for name, info in storage.list_files(dest).items()}
-        self._sizes: dict[str, int] = {}
+        self._sizes, self._lock = dict[str, int](), threading.Lock()
         if _RECORD in self._present:
             former = json.loads(self.fs.cat_file(f"{self.root}/{_RECORD}"))
             if former["given"] != self._given:
@@ -245,8 +245,9 @@ class _Record:
         return name in self._sizes and self._present.get(name) == self._sizes[name]
 
     def add(self, name: str, size: int) -> None:
-        self._sizes[name] = size
-        self._write()
+        with self._lock:
+            self._sizes[name] = size
+            self._write()
 
     def _write(self) -> None:
         record = {"given": self._given, "shards": dict(sorted(self._sizes.items()))}

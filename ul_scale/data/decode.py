@@ -1,4 +1,4 @@
-"""From the bytes of a sample's part to an array, on formats that carry no code."""
+"""From the bytes of a sample's part to pixels or an array, on formats that carry no code."""
 
 import io
 import math
@@ -37,8 +37,8 @@ def open_image(data: Buffer) -> Image.Image:
     return image
 
 
-def decode_image(data: Buffer, channels: int) -> np.ndarray:
-    """Return an image as uint8 (height, width, channels); transparency is dropped.
+def decode_image(data: Buffer, channels: int) -> Image.Image:
+    """Return an image in grey or RGB; transparency is dropped.
 
     Args:
         data: the image's file.
@@ -47,8 +47,7 @@ def decode_image(data: Buffer, channels: int) -> np.ndarray:
     Raises:
         ValueError: if the bytes are not an image of 8 bits per channel.
     """
-    pixels = np.asarray(open_image(data).convert("L" if channels == 1 else "RGB"))
-    return pixels[:, :, None] if channels == 1 else pixels
+    return open_image(data).convert("L" if channels == 1 else "RGB")
 
 
 def decode_npy(data: Buffer) -> np.ndarray:

@@ -133,7 +133,7 @@ def open_index(url: str) -> Index:
         keys = f"{folder}/keys.parquet"
         keys = pa.memory_map(keys) if storage.is_local(fs) else pa.BufferReader(fs.cat_file(keys))
         index = Index(url, meta, arrays, keys)
-    except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
+    except (OSError, EOFError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
         raise ValueError(f"{url}: the index cannot be read ({error}); {rerun}") from error
     lengths = {len(array) for array in arrays.values()} | {index._key_file.metadata.num_rows}
     if lengths != {sum(shard.samples for shard in index.shards)}:
@@ -243,8 +243,7 @@ def _members(read_at: ReadAt, size: int, where: str) -> Iterator[tuple[str, int,
     while True:
         block = read_at(at, _BLOCK)
         if len(block) < _BLOCK:
-            end = at + len(block)
-            raise ValueError(f"{where}: the tar ends at byte {end} without an end mark; it is cut short")
+            raise ValueError(f"{where}: the tar ends at byte {size} without an end mark; it is cut short")
         if not any(block):
             return
         try:

@@ -230,7 +230,8 @@ class _LaneReader:
             taken += [(window.epoch, self._samples[i]) for i in window.order[start:stop].tolist()]
             # The next window arrives as this one is used up, not sooner: it takes memory.
             due = -(-len(self._next.segments) * stop // len(window.order))
-            self._request(self._next.segments[:due])
+            if due > len(self._reads):
+                self._request(self._next.segments[:due])
         return taken
 
     def _request(self, segments: list[tuple[int, int]]) -> None:

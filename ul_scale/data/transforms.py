@@ -20,13 +20,12 @@ def resize_shortest_side(image: Image.Image, side: int) -> Image.Image:
     return image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
 
 
-def center_crop(pixels: np.ndarray, size: int) -> np.ndarray:
-    """Resize the shorter side of a uint8 image (height, width, channels) to `size`; keep the centre."""
-    if pixels.shape[:2] != (size, size):
-        channels = pixels.shape[2]
-        image = resize_shortest_side(Image.fromarray(pixels[:, :, 0] if channels == 1 else pixels), size)
-        pixels = np.asarray(image).reshape(image.height, image.width, channels)
-    top, left = (pixels.shape[0] - size) // 2, (pixels.shape[1] - size) // 2
+def center_crop(image: Image.Image, size: int) -> np.ndarray:
+    """Resize the shorter side to `size` and return the centre, uint8 (size, size, channels)."""
+    if image.size != (size, size):
+        image = resize_shortest_side(image, size)
+    pixels = np.asarray(image).reshape(image.height, image.width, -1)
+    top, left = (image.height - size) // 2, (image.width - size) // 2
     return pixels[top : top + size, left : left + size]
 
 

@@ -80,11 +80,6 @@ def bits_per_pixel(nats: Tensor, num_pixels: int) -> Tensor:
     return nats / (num_pixels * math.log(2))
 
 
-def scale_gradient(x: Tensor, scale: float) -> Tensor:
-    """Return x with its gradient multiplied by ``scale``; the value does not change."""
-    return x if scale == 1.0 else x.detach() + scale * (x - x.detach())
-
-
 def stratified_t(offset: float, permutation: Float[Tensor, " b"], batch_size: int) -> Float[Tensor, " b"]:
     """Return times in [0, 1): one per stratum of width 1 / batch_size, all moved by the same offset.
 

@@ -57,7 +57,7 @@ class Schedule:
 
 
 def latent_schedule(log_snr_max: float = 5.0, log_snr_min: float = -10.0) -> Schedule:
-    """Return λ_z: λ_z(0) = 5 is the encoder's fixed noise and the prior's lowest noise level (UL, section 3)."""
+    """Return λ_z; λ_z(0) = 5 is both the encoder's fixed noise and the prior's lowest noise level."""
     return Schedule(log_snr_max=log_snr_max, log_snr_min=log_snr_min)
 
 

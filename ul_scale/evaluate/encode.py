@@ -8,7 +8,7 @@ import torch
 from ul_scale.data.index import open_index
 from ul_scale.data.latents import LatentWriter
 from ul_scale.data.stream import iterate
-from ul_scale.evaluate.restore import restore_autoencoder
+from ul_scale.evaluate.restore import newest_step, restore_autoencoder
 from ul_scale.train.worker import latents_dir
 
 BATCH_SIZE = 100
@@ -30,16 +30,17 @@ def encode(run_dir: Path, step: int | None = None, splits: tuple[str, ...] = ("t
         the folders of latent shards. Their index also says the latents' shape, their std over all
         entries, the pixels that one stands for, and the noise level that the decoder expects.
     """
-    restored, stage = restore_autoencoder(run_dir, step)
-    config, device = restored.config, next(stage.parameters()).device
+    step = newest_step(run_dir) if step is None else step
+    config, stage = restore_autoencoder(run_dir, step)
+    device = next(stage.parameters()).device
     folders = []
     for split in splits:
         url = getattr(config.data, split)
         if url is None:
             continue
-        folder = latents_dir(str(run_dir.parent), restored.run_id, restored.step, split)
+        folder = latents_dir(str(run_dir.parent), run_dir.name, step, split)
         folders.append(folder)
-        if is_encoded(run_dir, restored.step, split):
+        if is_encoded(run_dir, step, split):
             continue
         index = open_index(url)
         total, total_square, count = 0.0, 0.0, 0
@@ -54,7 +55,7 @@ def encode(run_dir: Path, step: int | None = None, splits: tuple[str, ...] = ("t
                     writer.write(name.removeprefix(f"{index.dataset}/"), z, label=label)
             mean = total / count
             writer.extra = {
-                "autoencoder": {"run": restored.run_id, "step": restored.step},
+                "autoencoder": {"run": run_dir.name, "step": step},
                 "shape": list(stage.latent_shape),
                 "num_pixels": stage.num_pixels,
                 "mean": mean,

@@ -73,7 +73,7 @@ def evaluate(run_dir: Path, step: int, config: EvaluationConfig) -> dict[str, An
     done = read_evaluation(run_dir, step, config)
     if done is not None:
         return done
-    run, _ = read_run(run_dir)
+    run = read_run(run_dir)
     started = time.monotonic()
     out_dir = evaluation_dir(run_dir, step)
     out_dir.mkdir(parents=True, exist_ok=True)
@@ -96,12 +96,12 @@ def evaluate(run_dir: Path, step: int, config: EvaluationConfig) -> dict[str, An
 def _evaluate_autoencoder(
     run_dir: Path, step: int, config: EvaluationConfig, out_dir: Path
 ) -> dict[str, Any]:
-    restored, stage = restore_autoencoder(run_dir, step)
-    index = held_out(restored.config, config.samples)
+    run, stage = restore_autoencoder(run_dir, step)
+    index = held_out(run, config.samples)
     device = next(stage.parameters()).device
     network = load_network(config.features, device)
     reconstructed, psnr, bits = [], 0.0, []
-    for start, batch in batches(index, restored.config, config):
+    for start, batch in batches(index, run, config):
         x = batch["x"].to(device)
         bits.append(held_out_bits(stage, x, start, config))
         generators = sample_generators("reconstruct", start, len(x), config, device)
@@ -113,7 +113,7 @@ def _evaluate_autoencoder(
         if start == 0:
             images.save_pairs(x[:16].cpu(), x_hat[:16].cpu(), out_dir / "reconstructions.png")
     per_image = torch.cat(bits)
-    reference = reference_features(run_dir.parent, index, restored.config, config, network)
+    reference = reference_features(run_dir.parent, index, run, config, network)
     return {
         "bits_per_pixel": per_image.mean().item(),
         "bits_per_pixel_ci95": 1.96 * per_image.std().item() / len(per_image) ** 0.5,
@@ -123,10 +123,10 @@ def _evaluate_autoencoder(
 
 
 def _evaluate_base(run_dir: Path, step: int, config: EvaluationConfig, out_dir: Path) -> dict[str, Any]:
-    restored, base = restore_base(run_dir, step)
-    parent_ref = restored.config.autoencoder
+    run, base = restore_base(run_dir, step)
+    parent_ref = run.autoencoder
     parent, autoencoder = restore_autoencoder(run_dir.parent / parent_ref.run, parent_ref.step)
-    index = held_out(parent.config, config.samples)
+    index = held_out(parent, config.samples)
     device = base.z_std.device
     network = load_network(config.features, device)
     generated = []
@@ -141,11 +141,11 @@ def _evaluate_base(run_dir: Path, step: int, config: EvaluationConfig, out_dir: 
         generated.append(extract_features(network, x))
         if start == 0:
             images.save_grid(x[:40].cpu(), out_dir / "samples.png", columns=10)
-    reference = reference_features(run_dir.parent, index, parent.config, config, network)
+    reference = reference_features(run_dir.parent, index, parent, config, network)
     latents = open_index(str(latents_dir(str(run_dir.parent), parent_ref.run, parent_ref.step, "val")))
     bits = [
         held_out_bits(base, batch["z_clean"].to(device), start, config, batch["label"].to(device))
-        for start, batch in batches(latents, restored.config, config)
+        for start, batch in batches(latents, run, config)
     ]
     return {
         config.features: frechet_distance(torch.cat(generated), reference),

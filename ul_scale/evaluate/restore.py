@@ -1,7 +1,5 @@
 """Load what a finished or running run has learned, for evaluation: one EMA of one checkpoint."""
 
-import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,66 +7,64 @@ import torch
 
 from ul_scale import config as configs
 from ul_scale.checkpoint import state, store
-from ul_scale.config import AutoencoderRun, RunConfig
+from ul_scale.config import AutoencoderRun, BaseRun, RunConfig
 from ul_scale.data.index import open_index
 from ul_scale.stages.autoencoder import AutoencoderStage
 from ul_scale.stages.base import BaseStage
 from ul_scale.train.worker import build_stage, latents_dir
 
 
-@dataclass(frozen=True)
-class Restored:
-    """A run's config and its stage at one step, weights replaced by the first EMA, in eval mode."""
-
-    config: RunConfig
-    run_id: str
-    run_dir: Path
-    step: int
-    stage: Any
+def read_run(run_dir: Path) -> RunConfig:
+    """Return the config of a run directory."""
+    if not (run_dir / "config.yaml").is_file():
+        raise ValueError(f"{run_dir}: not a run directory (no config.yaml); expected <root>/<run_id>")
+    return configs.load(run_dir / "config.yaml")
 
 
-def read_run(run_dir: Path) -> tuple[RunConfig, str]:
-    """Return the config and the id of a run directory."""
-    if not (run_dir / "run.json").is_file():
-        raise ValueError(f"{run_dir}: not a run directory (no run.json); expected <root>/<run_id>")
-    record = json.loads((run_dir / "run.json").read_text())
-    return configs.load(run_dir / "config.yaml"), record["run_id"]
+def newest_step(run_dir: Path) -> int:
+    """Return the step of a run's newest complete checkpoint."""
+    step = store.latest_step(run_dir)
+    if step is None:
+        raise ValueError(f"{run_dir}: no complete checkpoint")
+    return step
 
 
-def restore(run_dir: Path, step: int | None = None) -> Restored:
-    """Load a checkpoint; the newest complete one where no step is given.
+def restore_autoencoder(run_dir: Path, step: int) -> tuple[AutoencoderRun, AutoencoderStage]:
+    """Load the first EMA of an autoencoder at a step, in eval mode, on the GPU if there is one.
 
     Raises:
-        ValueError: if there is no such run or no complete checkpoint at that step.
+        ValueError: if it is not an autoencoder's run or has no complete checkpoint at that step.
+        BrokenCheckpoint: if a file of it is not the one that was saved.
     """
-    config, run_id = read_run(run_dir)
+    config = read_run(run_dir)
+    if not isinstance(config, AutoencoderRun):
+        raise ValueError(f"{run_dir}: is a base model's run; expected an autoencoder's")
+    stage = build_stage(config)
+    assert isinstance(stage, AutoencoderStage)
+    _load_average(stage, config, run_dir, step)
+    return config, stage
+
+
+def restore_base(run_dir: Path, step: int) -> tuple[BaseRun, BaseStage]:
+    """Load the first EMA of a base model; as ``restore_autoencoder``."""
+    config = read_run(run_dir)
+    if not isinstance(config, BaseRun):
+        raise ValueError(f"{run_dir}: is an autoencoder's run; expected a base model's")
+    parent = config.autoencoder
+    latents = open_index(str(latents_dir(str(run_dir.parent), parent.run, parent.step))).extra
+    stage = build_stage(config, latents)
+    assert isinstance(stage, BaseStage)
+    _load_average(stage, config, run_dir, step)
+    return config, stage
+
+
+def _load_average(stage: torch.nn.Module, config: RunConfig, run_dir: Path, step: int) -> None:
     steps = store.complete_steps(run_dir)
-    step = (steps[-1] if steps else None) if step is None else step
-    if step is None or step not in steps:
+    if step not in steps:
         raise ValueError(f"{run_dir}: no complete checkpoint at step {step}; complete: {steps or 'none'}")
     store.verify(run_dir, step)
-    latents = None
-    if not isinstance(config, AutoencoderRun):
-        parent = config.autoencoder
-        latents = open_index(str(latents_dir(str(run_dir.parent), parent.run, parent.step))).extra
-    stage = build_stage(config, latents)
     half_life = str(config.ema.half_lives_samples[0])
-    average = {name: torch.empty_like(p) for name, p in stage.named_parameters()}
+    average: dict[str, Any] = {name: torch.empty_like(p) for name, p in stage.named_parameters()}
     state.load({"ema": {half_life: average}}, run_dir, step)
-    stage.load_state_dict(average, strict=False)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return Restored(config, run_id, run_dir, step, stage.to(device).eval().requires_grad_(False))
-
-
-def restore_autoencoder(run_dir: Path, step: int | None = None) -> tuple[Restored, AutoencoderStage]:
-    restored = restore(run_dir, step)
-    if not isinstance(restored.stage, AutoencoderStage):
-        raise ValueError(f"{run_dir}: is a base model's run; expected an autoencoder's")
-    return restored, restored.stage
-
-
-def restore_base(run_dir: Path, step: int | None = None) -> tuple[Restored, BaseStage]:
-    restored = restore(run_dir, step)
-    if not isinstance(restored.stage, BaseStage):
-        raise ValueError(f"{run_dir}: is an autoencoder's run; expected a base model's")
-    return restored, restored.stage
+    stage.load_state_dict(average, strict=False)  # buffers are not averaged: the stage was built with them
+    stage.to("cuda" if torch.cuda.is_available() else "cpu").eval().requires_grad_(False)

@@ -21,7 +21,7 @@ class EncoderConfig:
     def __post_init__(self) -> None:
         if len(self.channels) != len(self.blocks):
             raise ValueError(
-                f"model.encoder: {len(self.channels)} channels but {len(self.blocks)} blocks; one each per level"
+                f"model.encoder: {len(self.channels)} channels but {len(self.blocks)} blocks; one per level"
             )
 
     @property

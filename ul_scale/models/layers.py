@@ -25,7 +25,8 @@ class LogSNREmbedding(nn.Module):
             torch.linspace(math.log(10.0), math.log(0.01), self.num_frequencies, device=log_snr.device)
         )
         angles = log_snr.float()[:, None] * frequencies
-        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=1).to(self.mlp[0].weight.dtype))
+        features = torch.cat([angles.cos(), angles.sin()], dim=1)
+        return self.mlp(features.to(next(self.mlp.parameters()).dtype))
 
 
 class Downsample(nn.Module):
@@ -79,7 +80,7 @@ class ResBlock(nn.Module):
 
 @functools.lru_cache(maxsize=16)
 def rope_2d(height: int, width: int, head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return cos and sin (h·w, head_dim) of axial rotary positions: half of the pairs turn with y, half with x."""
+    """Return cos and sin (h·w, head_dim) of axial rotary positions: pairs turn with y or with x."""
     pairs = head_dim // 4
     frequencies = 100.0 ** -(torch.arange(pairs, device=device) / pairs)
     y = torch.arange(height, device=device).repeat_interleave(width)[:, None] * frequencies

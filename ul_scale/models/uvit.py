@@ -136,6 +136,7 @@ class UViT(nn.Module):
         self.norm = group_norm(levels[0].channels)
         self.head = nn.Conv2d(levels[0].channels, channels * config.patch**2, 1)
         nn.init.zeros_(self.head.weight)
+        assert self.head.bias is not None
         nn.init.zeros_(self.head.bias)
 
     def _inject(self, h: Tensor, level: int, z: Tensor | None) -> Tensor:

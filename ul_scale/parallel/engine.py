@@ -133,9 +133,7 @@ def build_engine(
         from ul_scale.parallel.fsdp import FsdpEngine
 
         if not dist.is_initialized():
-            raise ValueError(
-                "parallel.engine=fsdp needs torchrun: torchrun --nproc-per-node=N -m ul_scale.cli train …"
-            )
+            raise ValueError("parallel.engine=fsdp needs torchrun --nproc-per-node=N -m ul_scale.cli train …")
         return FsdpEngine(stage, make_optimizer, clip_norm, process)
     if process.world_size > 1:
         raise ValueError(

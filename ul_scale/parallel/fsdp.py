@@ -17,7 +17,8 @@ class FsdpEngine(LocalEngine):
         for module in stage.modules():
             if isinstance(module, ResBlock | TransformerBlock):
                 fully_shard(module, mesh=mesh)
-        return fully_shard(stage, mesh=mesh)
+        fully_shard(stage, mesh=mesh)
+        return stage
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         assert isinstance(self.stage, FSDPModule)

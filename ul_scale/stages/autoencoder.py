@@ -37,16 +37,29 @@ class AutoencoderLoss:
     """λ_z(0): the encoder's fixed noise, which is the prior's lowest noise level, nats."""
     log_snr_min: float = -10.0
     """λ_z(1), nats."""
-    encoder_gradient_ramp_steps: int = 0
-    """Steps over which the gradient of the prior's loss into the encoder rises from 0 to 1. Short runs
-    need it: before the decoder has learned to use z_0, that gradient shrinks the latent to nothing. 0 is
-    the paper's objective."""
+    loss_factor_start: float | None = None
+    """c_lf at step 0, from where it falls to ``loss_factor``; null: no warm start, the paper's objective."""
+    loss_factor_warmup_steps: int = 0
+    """Steps of that fall, linear in the logarithm. Short runs at a low bitrate need it: before the decoder
+    has learned to use z_0, the prior's gradient shrinks the latent to nothing."""
 
     def __post_init__(self) -> None:
-        if self.loss_factor <= 0:
-            raise ValueError(f"loss.loss_factor is {self.loss_factor}; expected a number above 0")
-        if self.encoder_gradient_ramp_steps < 0:
-            raise ValueError("loss.encoder_gradient_ramp_steps must not be negative")
+        for name in ("loss_factor", "loss_factor_start"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"loss.{name} is {value}; expected a number above 0")
+        if (self.loss_factor_start is None) != (self.loss_factor_warmup_steps == 0):
+            raise ValueError(
+                f"loss.loss_factor_start is {self.loss_factor_start} and loss.loss_factor_warmup_steps is "
+                f"{self.loss_factor_warmup_steps}; expected both or neither"
+            )
+
+    def loss_factor_at(self, step: int) -> float:
+        """Return c_lf at a step (from 0)."""
+        if self.loss_factor_start is None or step >= self.loss_factor_warmup_steps:
+            return self.loss_factor
+        left = 1 - step / self.loss_factor_warmup_steps
+        return self.loss_factor * (self.loss_factor_start / self.loss_factor) ** left
 
 
 class AutoencoderStage(nn.Module):
@@ -96,11 +109,8 @@ class AutoencoderStage(nn.Module):
         x = batch["x"]
         z_clean = self.encoder(x)
 
-        # The prior's gradient reaches the encoder through z_t and through its target.
-        ramp = self.loss.encoder_gradient_ramp_steps
-        z = losses.scale_gradient(z_clean, min(1.0, step / ramp) if ramp else 1.0)
-        diffusion, kl = self._prior_terms(z, noise["t/prior"], noise["eps/prior"])
-
+        # Never detached: the prior's gradient reaches the encoder through z_t and through its target.
+        diffusion, kl = self._prior_terms(z_clean, noise["t/prior"], noise["eps/prior"])
         z_0 = self.add_encoder_noise(z_clean, noise["eps/z_0"])
         t, eps = noise["t/decoder"], noise["eps/decoder"]
         log_snr = self.pixel_schedule.log_snr(t)
@@ -110,7 +120,7 @@ class AutoencoderStage(nn.Module):
             v_hat,
             t,
             self.pixel_schedule,
-            loss_factor=self.loss.loss_factor,
+            loss_factor=self.loss.loss_factor_at(step),
             loss_bias=self.loss.loss_bias,
         )
 

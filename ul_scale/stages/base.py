@@ -1,4 +1,4 @@
-"""Stage 2: a class-conditional base model on the latents of a frozen autoencoder (Unified Latents, section 4)."""
+"""Stage 2: a class-conditional base model on the latents of a frozen autoencoder (UL, section 4)."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -51,6 +51,9 @@ class BaseStage(nn.Module):
         num_pixels: pixels of the image that a latent stands for.
         z_std: measured std of z_clean. It scales the network's input and output, nothing else.
     """
+
+    z_std: Tensor
+    net: UViT
 
     def __init__(
         self,

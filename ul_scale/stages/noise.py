@@ -12,7 +12,7 @@ from ul_scale.diffusion.losses import stratified_t
 
 @dataclass(frozen=True)
 class NoiseSpec:
-    """What a stage draws per step: times by purpose, and normal noise by purpose with its shape per example."""
+    """What a stage draws per step: times by purpose, and ε by purpose with its shape per example."""
 
     times: tuple[str, ...]
     eps: Mapping[str, tuple[int, ...]]

@@ -9,7 +9,7 @@ from ul_scale.sweep.ledger import read_rows
 from ul_scale.sweep.local import Interrupted, Machine, run_sweep, this_machine
 from ul_scale.sweep.plan import Plan, load_sweep, plan_sweep
 from ul_scale.sweep.report import summary_table, write_report
-from ul_scale.sweep.summary import finding
+from ul_scale.sweep.summary import finding, summarise
 from ul_scale.train.worker import EXIT_DONE, EXIT_RUN_AGAIN
 
 EXIT_FAILED = 1
@@ -56,7 +56,7 @@ def report_plan(plan: Plan, console: Console) -> Path | None:
         return None
     page = write_report(rows, plan.directory, title=plan.config.name, meta=report_meta(plan))
     console.print(summary_table(rows))
-    console.print(finding(rows))
+    console.print(finding(summarise(rows)))
     console.print(f"report: {page}   (also report.json, report.csv and PNGs beside it)", soft_wrap=True)
     return page
 

@@ -7,6 +7,7 @@ import torch
 from ul_scale.config import AutoencoderRun, BaseRun
 from ul_scale.models.flops import TRAINING_FACTOR, forward_flops, num_parameters
 from ul_scale.stages.autoencoder import AutoencoderStage
+from ul_scale.stages.base import BaseStage
 from ul_scale.train.worker import build_stage
 
 
@@ -57,6 +58,7 @@ def base_cost(config: BaseRun, autoencoder: AutoencoderRun) -> Cost:
     }
     with torch.device("meta"):
         stage = build_stage(config, latents)
+    assert isinstance(stage, BaseStage)
     z, log_snr, label = _meta(*parent.latent_shape), _meta(), torch.zeros(1, dtype=torch.long, device="meta")
     forward = forward_flops(stage.net, lambda net: net(z, log_snr, label))
     return Cost(num_parameters(stage), forward, config.train.batch_size)

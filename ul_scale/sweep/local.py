@@ -1,4 +1,4 @@
-"""The local scheduler: independent nodes side by side as processes of this machine, each with its share of it."""
+"""The local scheduler: independent nodes side by side as processes, each with its share of the machine."""
 
 import fcntl
 import os

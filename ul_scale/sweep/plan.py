@@ -1,8 +1,9 @@
-"""From a sweep config to a DAG of content-addressed work: autoencoder → latents → base model → evaluations."""
+"""From a sweep config to a DAG of content-addressed work: autoencoder → latents → base → evaluations."""
 
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from ul_scale.config import AutoencoderRun, BaseRun, RunConfig
 from ul_scale.data.index import open_index
 from ul_scale.evaluate.encode import is_encoded
 from ul_scale.evaluate.metrics import EvaluationConfig, read_evaluation
+from ul_scale.models.zoo import BASES
 from ul_scale.sweep.cost import Cost, autoencoder_cost, base_cost
 
 
@@ -48,11 +50,9 @@ class SweepConfig:
                 raise ValueError(f"{name} is {list(values)}; expected one or more different values")
         if self.evaluation_points < 1 or self.evaluation_span <= 1:
             raise ValueError("evaluation_points must be 1 or more, and evaluation_span above 1")
-        unknown = set(self.size_overrides) - set(self.sizes)
+        unknown = {*self.size_overrides} - {*BASES}
         if unknown:
-            raise ValueError(
-                f"size_overrides names {', '.join(sorted(unknown))}, not among sizes {list(self.sizes)}"
-            )
+            raise ValueError(f"size_overrides names {', '.join(sorted(unknown))}; sizes are {', '.join(BASES)}")
 
 
 @dataclass(frozen=True)
@@ -145,9 +145,7 @@ def plan_sweep(sweep: SweepConfig, folder: Path) -> Plan:
                 0,
                 ae_cost.encode_flops * len(index),
                 (run_id,),
-                lambda run_dir=run_dir, last=last: all(
-                    is_encoded(run_dir, last, s) for s in ("train", "val")
-                ),
+                partial(_is_encoded, run_dir, last),
             ),
             _evaluate_node(run_id, run_dir, [last], sweep, ae_cost, (run_id,)),
         ]
@@ -185,6 +183,10 @@ def _template(path: Path, sweep: SweepConfig, overrides: list[str], values: dict
     merged = OmegaConf.merge(config, {"root": sweep.root}, values)
     assert isinstance(merged, DictConfig)
     return configs.resolve(configs.apply_overrides(merged, overrides), str(path))
+
+
+def _is_encoded(run_dir: Path, step: int) -> bool:
+    return all(is_encoded(run_dir, step, split) for split in ("train", "val"))
 
 
 def config_path(directory: Path, run_id: str) -> Path:

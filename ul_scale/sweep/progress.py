@@ -92,7 +92,7 @@ class Progress:
             row = last_row(node.run_dir) if node.steps else None
             note = ""
             if row:
-                note = f"step {row['step']}/{node.steps}  loss {row['loss']:.3f}  {row['images_per_s']:.0f} images/s"
+                note = f"step {row['step']}/{node.steps}  loss {row['loss']:.3f}"
             bar = ProgressBar(total=1.0, completed=self._share(node), width=20, pulse=not node.steps)
             table.add_row(node.kind, node.id.split("/")[0], bar, note, duration(time.monotonic() - since))
         elapsed = duration(time.monotonic() - self._since)

@@ -16,7 +16,7 @@ class EmaConfig:
     def __post_init__(self) -> None:
         if not self.half_lives_samples or min(self.half_lives_samples) <= 0:
             raise ValueError(
-                f"ema.half_lives_samples is {list(self.half_lives_samples)}; expected one or more numbers above 0"
+                f"ema.half_lives_samples is {list(self.half_lives_samples)}; expected numbers above 0"
             )
 
 

@@ -165,8 +165,8 @@ def micro_batches(num_samples: int, accumulation_steps: int) -> list[slice]:
     size, rest = divmod(num_samples, accumulation_steps)
     if rest:
         raise ValueError(
-            f"parallel.accumulation_steps is {accumulation_steps}, but a rank has {num_samples} samples per step; "
-            f"expected a divisor of {num_samples}"
+            f"parallel.accumulation_steps is {accumulation_steps}, but a rank has {num_samples} samples "
+            f"per step; expected a divisor of {num_samples}"
         )
     return [slice(i * size, (i + 1) * size) for i in range(accumulation_steps)]
 

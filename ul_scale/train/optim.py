@@ -14,7 +14,7 @@ class OptimConfig:
     lr: float = 1e-4
     warmup_steps: int = 10_000
     decay_fraction: float = 0.0
-    """Share of ``train.steps``, at the end, over which lr falls to 0 along a cosine. 0: constant; 1: cosine."""
+    """Share of ``train.steps``, at the end, over which lr falls to 0 along a cosine. 0: constant."""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.99])
     eps: float = 1e-8
     weight_decay: float = 0.0

@@ -113,7 +113,8 @@ def build_stage(config: RunConfig, latents: dict[str, Any] | None = None) -> Aut
     assert latents is not None
     if latents["log_snr_max"] != config.loss.log_snr_max:
         raise ValueError(
-            f"loss.log_snr_max is {config.loss.log_snr_max}, but the autoencoder's is {latents['log_snr_max']}"
+            f"loss.log_snr_max is {config.loss.log_snr_max}, "
+            f"but the autoencoder's is {latents['log_snr_max']}"
         )
     return BaseStage(
         config.model,
@@ -279,7 +280,7 @@ def git_revision() -> dict[str, Any] | None:
     """Return the commit of the code that runs and whether it was changed, or None outside a checkout."""
     here = Path(__file__).parent
 
-    def git(*args: str) -> str:
+    def git(*args: str | Path) -> str:
         return subprocess.run(["git", "-C", here, *args], capture_output=True, text=True, check=True).stdout
 
     try:

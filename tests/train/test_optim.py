@@ -1,0 +1,32 @@
+import pytest
+
+from ul_scale.train.optim import OptimConfig, learning_rate
+
+
+def rates(config, steps=100):
+    return [learning_rate(config, step, steps) for step in range(steps)]
+
+
+def test_warm_up_then_constant():
+    values = rates(OptimConfig(lr=2.0, warmup_steps=10))
+    assert values[0] == pytest.approx(0.2) and values[9] == 2.0
+    assert set(values[10:]) == {2.0}
+
+
+def test_decay_starts_where_its_share_does_and_ends_near_zero():
+    values = rates(OptimConfig(lr=2.0, warmup_steps=0, decay_fraction=0.5))
+    assert set(values[:51]) == {2.0}
+    assert values[75] == pytest.approx(1.0)
+    assert 0 < values[99] < 0.01
+    assert all(a > b for a, b in zip(values[50:], values[51:]))
+
+
+def test_cosine_over_everything():
+    values = rates(OptimConfig(lr=1.0, warmup_steps=0, decay_fraction=1.0))
+    assert values[50] == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("change", [{"lr": 0}, {"decay_fraction": 1.5}, {"clip_norm": 0}])
+def test_bad_values_are_refused(change):
+    with pytest.raises(ValueError, match=f"optim.{next(iter(change))}"):
+        OptimConfig(**change)
