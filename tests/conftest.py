@@ -5,12 +5,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import yaml
 from jaxtyping import install_import_hook
 from PIL import Image
+from templates import write_template
 
 torch.set_num_threads(1)
 install_import_hook(["ul_scale.diffusion"], "beartype.beartype")
+
 
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory) -> dict[str, str]:
@@ -35,17 +36,9 @@ def shards(tmp_path_factory) -> dict[str, str]:
 
 @pytest.fixture
 def write_config(tmp_path, shards):
-    """Return a function that writes a config over one of the templates above, and returns its path."""
+    """Return ``write_template`` for the test's own folder and the tiny data set."""
 
     def write(template: dict, name: str = "config.yaml", **sections) -> Path:
-        values = {key: dict(value) if isinstance(value, dict) else value for key, value in template.items()}
-        values["root"] = str(tmp_path / "runs")
-        if template["kind"] == "autoencoder":
-            values["data"] |= shards
-        for section, changes in sections.items():
-            values[section] = values[section] | changes if isinstance(changes, dict) else changes
-        path = tmp_path / name
-        path.write_text(yaml.safe_dump(values))
-        return path
+        return write_template(tmp_path, shards, template, name, **sections)
 
     return write

@@ -1,5 +1,9 @@
 """Configs of runs that train in seconds: dropout on, several lanes, two EMAs."""
 
+from pathlib import Path
+
+import yaml
+
 TINY_VIT = {"kind": "transformer", "channels": 16, "blocks": 1, "dropout": 0.1}
 TINY_CONV = {"kind": "conv", "channels": 8, "blocks": 2}
 AUTOENCODER = {
@@ -32,3 +36,16 @@ BASE = {
     "ema": {"half_lives_samples": [40]},
     "checkpoint": {"every_steps": 4},
 }
+
+
+def write_template(folder: Path, shards: dict[str, str], template: dict, name: str, **sections) -> Path:
+    """Write a config over one of the templates above into a folder; return its path."""
+    values = {key: dict(value) if isinstance(value, dict) else value for key, value in template.items()}
+    values["root"] = str(folder / "runs")
+    if template["kind"] == "autoencoder":
+        values["data"] |= shards
+    for section, changes in sections.items():
+        values[section] = values[section] | changes if isinstance(changes, dict) else changes
+    path = folder / name
+    path.write_text(yaml.safe_dump(values))
+    return path

@@ -1,6 +1,6 @@
 import pytest
 import yaml
-from templates import AUTOENCODER, BASE
+from templates import AUTOENCODER, BASE, write_template
 
 SWEEP = {
     "kind": "sweep",
@@ -14,12 +14,21 @@ SWEEP = {
 }
 
 
-@pytest.fixture
-def sweep_path(write_config, tmp_path):
-    write_config(AUTOENCODER, "autoencoder.yaml")
-    base = {key: value for key, value in BASE.items()}
-    base["model"] = {"num_classes": 2}
-    write_config(base, "base.yaml")
-    path = tmp_path / "sweep.yaml"
-    path.write_text(yaml.safe_dump(SWEEP | {"root": str(tmp_path / "runs")}))
+def write_sweep(folder, shards):
+    write_template(folder, shards, AUTOENCODER, "autoencoder.yaml")
+    write_template(folder, shards, BASE | {"model": {"num_classes": 2}}, "base.yaml")
+    path = folder / "sweep.yaml"
+    path.write_text(yaml.safe_dump(SWEEP | {"root": str(folder / "runs")}))
     return path
+
+
+@pytest.fixture
+def sweep_path(tmp_path, shards):
+    """Return the config of a tiny sweep in the test's own folder."""
+    return write_sweep(tmp_path, shards)
+
+
+@pytest.fixture(scope="module")
+def module_sweep_path(tmp_path_factory, shards):
+    """Return the config of a tiny sweep whose runs several tests share."""
+    return write_sweep(tmp_path_factory.mktemp("sweep"), shards)

@@ -50,16 +50,21 @@ def wait_for(condition, process):
         time.sleep(0.05)
 
 
-@pytest.mark.timeout(600)
-def test_killed_and_interrupted_a_sweep_ends_with_the_undisturbed_table(sweep_path, tmp_path):
-    one = ("loss_factors=[4.0]",)
-    code, output = finish(start("run", sweep_path, *one, f"root={tmp_path / 'undisturbed'}"))
-    assert code == 0, output
-    expected = measured(sweep_path, *one, f"root={tmp_path / 'undisturbed'}")
-    assert len(expected) == 2 * 3
+ONE = ("loss_factors=[4.0]", "sizes=[tiny-s]")
 
-    process = start("run", sweep_path, *one)
-    wait_for(lambda: any((tmp_path / "runs").glob("tiny*/**/COMMIT")) or any_base(tmp_path), process)
+
+@pytest.fixture(scope="module")
+def undisturbed(module_sweep_path):
+    """Run the sweep in one go; return its config and what it printed."""
+    code, output = finish(start("run", module_sweep_path, *ONE))
+    assert code == 0, output
+    return module_sweep_path, output
+
+
+@pytest.mark.timeout(600)
+def test_killed_and_interrupted_a_sweep_ends_with_the_undisturbed_table(sweep_path, tmp_path, undisturbed):
+    process = start("run", sweep_path, *ONE)
+    wait_for(lambda: any((tmp_path / "runs").glob("autoencoder-*/checkpoints/*/COMMIT")), process)
     orphans = children_of(process.pid)
     process.kill()
     process.wait()
@@ -68,24 +73,32 @@ def test_killed_and_interrupted_a_sweep_ends_with_the_undisturbed_table(sweep_pa
         time.sleep(0.05)
     assert orphans and not any(os.path.exists(f"/proc/{pid}") for pid in orphans)
 
-    process = start("run", sweep_path, *one)
+    process = start("run", sweep_path, *ONE)
     wait_for(lambda: any_base(tmp_path), process)
-    second = finish(start("run", sweep_path, *one))
+    second = finish(start("run", sweep_path, *ONE))
     assert second[0] == 2 and "another process is running this sweep" in second[1]
     process.send_signal(signal.SIGINT)
     code, output = finish(process)
     assert code == 75 and "the same command continues" in output, output
 
-    code, output = finish(start("run", sweep_path, *one))
+    code, output = finish(start("run", sweep_path, *ONE))
     assert code == 0, output
-    assert measured(sweep_path, *one) == expected
-    check_report(tmp_path / "runs" / "sweeps" / "tiny", expected)
+    assert measured(sweep_path, *ONE) == measured(undisturbed[0], *ONE)
 
-    code, output = finish(start("run", sweep_path, *one))
-    assert code == 0 and "is done: all 7 parts are there" in output
 
-    code, output = finish(start("run", sweep_path, *one, "sizes=[tiny-s,tiny-m,tiny-l]", "--dry-run"))
-    assert code == 0 and "2 of 9 parts to run" in output
+def test_a_finished_sweep_says_so_and_has_a_report(undisturbed):
+    path, output = undisturbed
+    expected = measured(path, *ONE)
+    assert [row["step"] for row in expected] == [2, 4, 8]
+    check_report(path.parent / "runs" / "sweeps" / "tiny", expected)
+    assert "tiny-s" in output and "report.html" in output
+    code, output = finish(start("run", path, *ONE))
+    assert code == 0 and "is done: all 5 parts are there" in output
+
+
+def test_another_size_runs_only_what_is_new(undisturbed):
+    code, output = finish(start("run", undisturbed[0], ONE[0], "sizes=[tiny-s,tiny-m]", "--dry-run"))
+    assert code == 0 and "2 of 7 parts to run" in output
 
 
 def any_base(tmp_path):
@@ -106,11 +119,10 @@ def check_report(folder, expected):
         assert (folder / picture).stat().st_size > 1000
 
 
-@pytest.mark.timeout(600)
-def test_a_failed_run_is_reported_and_the_others_go_on(sweep_path):
-    one = ("loss_factors=[4.0]", "size_overrides={tiny-m: ['optim.lr=1e30']}")
-    code, output = finish(start("run", sweep_path, *one))
+def test_a_failed_run_is_reported_and_what_is_there_stays(undisturbed):
+    path, _ = undisturbed
+    broken = (ONE[0], "sizes=[tiny-s,tiny-m]", "size_overrides={tiny-m: ['optim.lr=1e30']}")
+    code, output = finish(start("run", path, *broken))
     assert code == 1
-    assert "not finite at step" in output and "1 parts failed" not in output
-    rows = measured(sweep_path, *one)
-    assert {row["size"] for row in rows} == {"tiny-s"} and len(rows) == 3
+    assert "not finite at step" in output and "not started" in output and "2 parts failed" in output
+    assert measured(path, *broken) == measured(path, *ONE)

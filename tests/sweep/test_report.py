@@ -179,9 +179,23 @@ def test_rows_come_back_as_they_went_in(sweep):
 
 
 def test_a_report_can_be_written_again_from_itself(sweep, tmp_path):
-    _, out, text = sweep
-    rows, meta = read_report(out)
-    assert write_report(rows, out, title=meta["title"], meta=meta).read_text() == text
+    text = write_report(sweep[0][:2], tmp_path, title="again", meta={"data": "discs"}).read_text()
+    rows, meta = read_report(tmp_path)
+    assert write_report(rows, tmp_path, title=meta["title"], meta=meta).read_text() == text
+    write_report([], tmp_path, title="fewer", meta=meta)
+    assert read_report(tmp_path)[1] == meta | {
+        "title": "fewer",
+        "finding": "No run has a final evaluation yet.",
+    }
+
+
+def test_pictures_are_found_from_the_working_directory_too(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_grid(discs(2, 0.5), tmp_path / "runs" / "a.png", columns=2)
+    row = {"run_id": "a", "size": "S", "final": True, "fd_effnet_lite0": 1.0, "samples_png": "runs/a.png"}
+    write_report([row], tmp_path / "sweeps" / "a", title="a", meta={})
+    assert read_report(tmp_path / "sweeps" / "a")[0][0]["samples_png"] == "../../runs/a.png"
+    assert (tmp_path / "sweeps" / "a" / "samples.png").is_file()
 
 
 def test_missing_values_stay_missing(tmp_path):
@@ -194,6 +208,7 @@ def test_missing_values_stay_missing(tmp_path):
     rows[3]["note"] = "extra"
     text = write_report(rows, tmp_path / "report", title="partial", meta={}).read_text()
     read, _ = read_report(tmp_path / "report")
+    assert read[0]["samples_png"] == "gone.png"
     assert read[0]["psnr"] is None and "rfd" not in read[0] and read[3]["fd_effnet_lite0"] is None
     with (tmp_path / "report" / "report.csv").open() as file:
         table = list(csv.DictReader(file))

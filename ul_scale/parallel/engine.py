@@ -56,7 +56,10 @@ class Engine(Protocol):
         ...
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
-        """Accumulate gradients of this rank's loss; ``last`` on the step's last micro-batch."""
+        """Accumulate gradients of this rank's share of the loss, to be summed over ranks.
+
+        ``last`` on the step's last micro-batch.
+        """
         ...
 
     def step(self, lr: float) -> Tensor:
@@ -137,6 +140,7 @@ def build_engine(
         return FsdpEngine(stage, make_optimizer, clip_norm, process)
     if process.world_size > 1:
         raise ValueError(
-            f"parallel.engine=none is one process, but torchrun started {process.world_size}; set parallel.engine=fsdp"
+            f"parallel.engine=none is one process, but torchrun started {process.world_size}; "
+            "set parallel.engine=fsdp"
         )
     return LocalEngine(stage, make_optimizer, clip_norm, process)

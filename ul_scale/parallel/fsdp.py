@@ -5,12 +5,18 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from ul_scale.models.layers import ResBlock, TransformerBlock
-from ul_scale.parallel.engine import LocalEngine, Process
+from ul_scale.parallel.engine import LocalEngine, OptimizerFactory, Process
 from ul_scale.parallel.mesh import data_parallel_mesh
 
 
 class FsdpEngine(LocalEngine):
     """Shard each block, then the rest, over all processes. State is named as in the unwrapped stage."""
+
+    def __init__(
+        self, stage: nn.Module, make_optimizer: OptimizerFactory, clip_norm: float, process: Process
+    ):
+        super().__init__(stage, make_optimizer, clip_norm, process)
+        self.world_size = process.world_size
 
     def wrap(self, stage: nn.Module, process: Process) -> nn.Module:
         mesh = data_parallel_mesh(process)
@@ -24,7 +30,8 @@ class FsdpEngine(LocalEngine):
         assert isinstance(self.stage, FSDPModule)
         # Reduce gradients once a step, not once a micro-batch.
         self.stage.set_requires_gradient_sync(last)
-        loss.backward()
+        # FSDP averages gradients over ranks; the loss is a sum over them.
+        (self.world_size * loss).backward()
 
     def step(self, lr: float) -> Tensor:
         grad_norm = super().step(lr)

@@ -33,18 +33,10 @@ from ul_scale.sweep.summary import (
 
 PICTURES = ("samples_png", "reconstructions_png")
 COLUMNS = (
-    *(
-        "run_id",
-        "name",
-        "autoencoder_run",
-        "loss_factor",
-        "bits_per_pixel",
-        "bits_per_pixel_ci95",
-        "psnr",
-        "rfd",
-    ),
-    *("size", "parameters", "forward_flops", "train_flops", "autoencoder_flops", "sampling_flops"),
-    *("step", "samples_seen", "seed", "final", METRIC, "n", "base_bits_per_pixel", *PICTURES),
+    *("run_id", "name", "autoencoder_run", "loss_factor", "bits_per_pixel", "bits_per_pixel_ci95"),
+    *("psnr", "rfd", "size", "parameters", "forward_flops", "train_flops", "autoencoder_flops"),
+    *("sampling_flops", "step", "samples_seen", "seed", "final", METRIC, "n", "base_bits_per_pixel"),
+    *PICTURES,
 )
 """Of report.csv, in this order; whatever else a row has comes after."""
 
@@ -52,9 +44,9 @@ COLUMNS = (
 def write_report(rows: Sequence[Row], out_dir: Path, *, title: str, meta: dict[str, Any]) -> Path:
     """Write a sweep's report into a directory and return the path of report.html.
 
-    It may be called again with more rows: every file is replaced whole. Paths of pictures may be absolute, or
-    relative to ``out_dir`` or the working directory; report.json has them relative to ``out_dir``. A picture
-    that is not there is left out.
+    It may be called again with more rows. Paths of pictures may be absolute, or relative to ``out_dir`` or
+    the working directory; report.json has them relative to ``out_dir``. A picture that is not there is left
+    out, and so is a chart of what no row has.
 
     Args:
         rows: one for each evaluation of a base model; a missing value is None, NaN or absent.
@@ -69,7 +61,7 @@ def write_report(rows: Sequence[Row], out_dir: Path, *, title: str, meta: dict[s
     out_dir.mkdir(parents=True, exist_ok=True)
     rows = [_clean(row, out_dir) for row in rows]
     summary = summarise(rows, str(meta.get("metric", METRIC)))
-    meta = {"title": title, "metric": summary.metric, "finding": finding(summary)} | meta
+    meta = meta | {"title": title, "metric": summary.metric, "finding": finding(summary)}
     _replace(out_dir / "report.json", json.dumps({"rows": rows, "meta": meta}, indent=1, default=str) + "\n")
     _replace(out_dir / "report.csv", _csv(rows))
     pictures = {column: _pictures(summary, column, out_dir) for column in PICTURES}
@@ -146,9 +138,8 @@ def _clean(row: Row, out_dir: Path) -> Row:
     }
     for column in PICTURES:
         if name := cleaned.get(column):
-            path = Path(str(name))
-            path = path if (out_dir / path).is_file() else path.absolute()
-            cleaned[column] = Path(os.path.relpath(out_dir / path, out_dir)).as_posix()
+            found = next((path for path in (out_dir / name, Path(name)) if path.is_file()), None)
+            cleaned[column] = Path(os.path.relpath(found, out_dir)).as_posix() if found else name
     return cleaned
 
 

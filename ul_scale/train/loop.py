@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,10 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ul_scale import keyed
-from ul_scale.data.plan import LaneSlot
 from ul_scale.data.stream import Batch
 from ul_scale.parallel.engine import NOT_IDENTITY, Engine, Process
-from ul_scale.stages.noise import NoiseSpec, draw_noise
 from ul_scale.train.ema import Ema
 from ul_scale.train.metrics import MetricsWriter
 from ul_scale.train.optim import OptimConfig, learning_rate
@@ -58,9 +57,7 @@ def train(
     engine: Engine,
     ema: Ema,
     batches: Iterator[Batch],
-    noise_spec: NoiseSpec,
-    slots: list[LaneSlot],
-    lane_size: int,
+    noise_at: Callable[[int], dict[str, Tensor]],
     accumulation_steps: int,
     process: Process,
     start_step: int,
@@ -77,13 +74,11 @@ def train(
     Args:
         config: steps and batch size.
         optim: the learning-rate schedule.
-        seed: of noise and dropout.
+        seed: of dropout.
         engine: the wrapped stage.
         ema: its averages.
         batches: this rank's batches, from ``start_step`` on.
-        noise_spec: what the stage draws.
-        slots: this rank's lanes and their weights.
-        lane_size: samples per lane and step.
+        noise_at: this rank's noise of a step.
         accumulation_steps: micro-batches per step.
         process: this process.
         start_step: completed steps so far.
@@ -95,61 +90,86 @@ def train(
     Raises:
         Diverged: at the first logged or saved step whose loss or gradient is not finite.
     """
-    logged_at, data_wait_s, since = start_step, 0.0, time.monotonic()
-    started = since
+    meter = Meter(start_step, config.batch_size)
     for step in range(start_step, config.last_step):
-        waiting = time.monotonic()
-        batch = to_device(next(batches), process.device)
-        data_wait_s += time.monotonic() - waiting
-        noise = draw_noise(
-            noise_spec,
-            seed=seed,
-            step=step,
-            lanes=[slot.lane for slot in slots],
-            lane_size=lane_size,
-            batch_size=config.batch_size,
-            device=process.device,
+        with meter.waiting_for_data():
+            batch = to_device(next(batches), process.device)
+        sums = accumulate_gradients(
+            engine,
+            batch,
+            noise_at(step),
+            (seed, "dropout", step, process.rank),
+            step,
+            config,
+            accumulation_steps,
         )
-
-        sums: dict[str, Tensor] = {}
-        for micro, rows in enumerate(micro_batches(len(slots) * lane_size, accumulation_steps)):
-            torch.manual_seed(keyed.seed_of(seed, "dropout", step, process.rank, micro) >> 1)
-            terms = engine.forward(take(batch, rows), take(noise, rows), step)
-            weight = batch["weight"][rows] / config.batch_size
-            # Engines average gradients over ranks; the loss is a sum over the global batch.
-            loss = process.world_size * (weight * terms["loss"]).sum()
-            engine.backward(loss, last=micro == accumulation_steps - 1)
-            for name, term in terms.items():
-                sums[name] = sums.get(name, 0) + (weight * term.detach()).sum()
         lr = learning_rate(optim, step, config.steps)
         grad_norm = engine.step(lr)
         ema.update(step, config.batch_size)
 
-        completed = step + 1
-        log_due = completed % config.log_every_steps == 0 or completed == config.last_step
-        if log_due or save_due(completed):
-            values = reduce_sums(sums, process) | {"grad_norm": float(grad_norm)}
+        completed, stop = step + 1, stop_requested()
+        save_now = save_due(completed) or stop
+        log_now = completed % config.log_every_steps == 0 or completed == config.last_step
+        if save_now or log_now:
+            values = reduce_sums(sums, process) | {"grad_norm": float(grad_norm), "lr": lr}
             check_finite(values, completed)
-        if log_due and metrics is not None:
-            now = time.monotonic()
-            metrics.write(
-                {
-                    "step": completed,
-                    "samples_seen": completed * config.batch_size,
-                    "time_s": round(now - started, 3),
-                    **values,
-                    "lr": lr,
-                    "images_per_s": (completed - logged_at) * config.batch_size / (now - since),
-                    "data_wait_share": data_wait_s / (now - since),
-                }
-            )
-            logged_at, data_wait_s, since = completed, 0.0, now
-        stop = stop_requested()
-        if save_due(completed) or stop:
+        if log_now and metrics is not None:
+            metrics.write(meter.row(completed) | values)
+        if save_now:
             save(completed)
         if stop and completed < config.last_step:
             return False
     return True
+
+
+def accumulate_gradients(
+    engine: Engine,
+    batch: dict[str, Tensor],
+    noise: dict[str, Tensor],
+    dropout_key: tuple[keyed.Key, ...],
+    step: int,
+    config: TrainConfig,
+    accumulation_steps: int,
+) -> dict[str, Tensor]:
+    """Run a step's micro-batches forward and backward; return this rank's share of each mean loss term."""
+    sums: dict[str, Tensor] = {}
+    for micro, rows in enumerate(micro_batches(len(batch["weight"]), accumulation_steps)):
+        torch.manual_seed(keyed.seed_of(*dropout_key, micro) >> 1)
+        terms = engine.forward(take(batch, rows), take(noise, rows), step)
+        weight = batch["weight"][rows] / config.batch_size
+        engine.backward((weight * terms["loss"]).sum(), last=micro == accumulation_steps - 1)
+        for name, term in terms.items():
+            sums[name] = sums.get(name, 0) + (weight * term.detach()).sum()
+    return sums
+
+
+class Meter:
+    """Throughput, and the share of time spent waiting for data, between logged steps."""
+
+    def __init__(self, start_step: int, batch_size: int):
+        self._batch_size = batch_size
+        self._started = self._since = time.monotonic()
+        self._logged_at, self._waited_s = start_step, 0.0
+
+    @contextmanager
+    def waiting_for_data(self) -> Iterator[None]:
+        began = time.monotonic()
+        yield
+        self._waited_s += time.monotonic() - began
+
+    def row(self, completed: int) -> dict[str, float]:
+        """Return the counters of a logged step, and begin anew."""
+        now = time.monotonic()
+        elapsed = now - self._since
+        row = {
+            "step": completed,
+            "samples_seen": completed * self._batch_size,
+            "time_s": round(now - self._started, 3),
+            "images_per_s": (completed - self._logged_at) * self._batch_size / elapsed,
+            "data_wait_share": self._waited_s / elapsed,
+        }
+        self._since, self._logged_at, self._waited_s = now, completed, 0.0
+        return row
 
 
 def to_device(batch: Batch, device: torch.device) -> dict[str, Tensor]:

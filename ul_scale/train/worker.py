@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ul_scale import config as configs
 from ul_scale import keyed
@@ -24,6 +25,7 @@ from ul_scale.parallel.engine import Process, build_engine
 from ul_scale.parallel.mesh import broadcast_object, distributed
 from ul_scale.stages.autoencoder import AutoencoderStage
 from ul_scale.stages.base import BaseStage
+from ul_scale.stages.noise import draw_noise
 from ul_scale.train.ema import Ema
 from ul_scale.train.loop import Diverged, micro_batches, train
 from ul_scale.train.metrics import MetricsWriter
@@ -185,6 +187,18 @@ def _train(prepared: Prepared, process: Process, attempt: Attempt | None, number
 
     slots = lane_slots(plan.lanes, process.rank, process.world_size)
     batches = LaneStream(prepared.index, plan, config.data, slots).batches(start_step)
+
+    def noise_at(step: int) -> dict[str, Tensor]:
+        return draw_noise(
+            noise_spec,
+            seed=config.seed,
+            step=step,
+            lanes=[slot.lane for slot in slots],
+            lane_size=plan.lane_batch_size,
+            batch_size=config.train.batch_size,
+            device=process.device,
+        )
+
     metrics = None
     if attempt is not None:
         metrics = MetricsWriter(
@@ -198,9 +212,7 @@ def _train(prepared: Prepared, process: Process, attempt: Attempt | None, number
             engine=engine,
             ema=ema,
             batches=batches,
-            noise_spec=noise_spec,
-            slots=slots,
-            lane_size=plan.lane_batch_size,
+            noise_at=noise_at,
             accumulation_steps=config.parallel.accumulation_steps,
             process=process,
             start_step=start_step,
