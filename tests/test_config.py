@@ -116,7 +116,6 @@ class TestIdentity:
 
     def test_data_counts_by_its_fingerprint(self):
         assert self.run_id(fingerprint="other") != self.run_id()
-        assert self.run_id(fingerprint=None) == "quickstart-autoencoder-unresolved"
 
     def test_one_and_one_point_zero_are_the_same(self):
         assert self.run_id("loss.loss_factor=2") == self.run_id("loss.loss_factor=2.0")

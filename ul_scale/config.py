@@ -217,15 +217,13 @@ def hash10(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:10]
 
 
-def run_id(config: RunConfig, data_fingerprint: str | None) -> str:
+def run_id(config: RunConfig, data_identity: str | None) -> str:
     """Return ``<name>-<hash10>``: what the run computes, not where or how.
 
     Args:
         config: resolved.
-        data_fingerprint: of the training shards; None for a base model, whose data are given by
-            ``autoencoder.run`` and ``autoencoder.step``, and for shards that cannot be read.
+        data_identity: dataset id and fingerprint of the training shards; None for a base model, whose
+            data are given by ``autoencoder.run`` and ``autoencoder.step``.
     """
-    if isinstance(config, AutoencoderRun) and data_fingerprint is None:
-        return f"{config.name}-unresolved"
-    counted = {"method_version": METHOD_VERSION, "data_fingerprint": data_fingerprint, **identity(config)}
+    counted = {"method_version": METHOD_VERSION, "data_identity": data_identity, **identity(config)}
     return f"{config.name}-{hash10(counted)}"

@@ -11,12 +11,13 @@ import numpy as np
 import torch
 
 Key = str | int
+_JSON = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False)
 
 
 def seed_of(*key: Key) -> int:
     """Return the 64-bit seed of a key: blake2b (8 bytes, little-endian) of the key as a JSON array."""
-    text = json.dumps(key, separators=(",", ":"), ensure_ascii=False)
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+    digest = hashlib.blake2b(_JSON.encode(key).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
 
 
 def permutation(size: int, *key: Key) -> np.ndarray:

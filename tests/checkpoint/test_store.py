@@ -73,7 +73,8 @@ class Life:
         self.committed: list[int] = []
 
     def live(self) -> None:
-        attempt = start_attempt(self.run_dir, log=str)
+        # Patience is needed only with an attempt file that is torn.
+        attempt = start_attempt(self.run_dir, timeout_s=0.2, heartbeat_s=0.09, log=str)
         # The heartbeat thread dies with its process.
         attempt._closed.set()
         self.number = attempt.number

@@ -28,6 +28,7 @@ CONTENT = {
     "é" * 20 + ".png": b"needs a PAX header",
     "long/" * 60 + "name.png": b"needs one too",
     "long/" * 60 + "name.cls": b"7",
+    "9999.png": b"plain again",
 }
 
 
@@ -79,7 +80,7 @@ def test_samples_lie_where_tarfile_finds_them(tmp_path: Path, memory_url: str, f
     assert local.fingerprint == remote.fingerprint
     assert (local.dataset, remote.dataset) == (tmp_path.name, "train")
     assert isinstance(local.members, np.memmap)
-    assert [shard.samples for shard in local.shards] == [0, 6, 1]
+    assert [shard.samples for shard in local.shards] == [0, 7, 1]
     assert not list(tmp_path.rglob("*.partial"))
 
 

@@ -1,5 +1,6 @@
 """Sharded save and load of a training state with torch.distributed.checkpoint, inside the commit protocol."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,9 @@ from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 
 from ul_scale.checkpoint import store
 from ul_scale.checkpoint.attempts import Attempt
+
+# One process needs no process group; torch says so at every save.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
 
 def save(state: dict[str, Any], run_dir: Path, step: int, attempt: Attempt | None, number: int) -> None:

@@ -88,6 +88,11 @@ class Index:
     def __len__(self) -> int:
         return len(self.offset)
 
+    @property
+    def identity(self) -> str:
+        """What a run on this set depends on: the samples, and the dataset id that keys their draws."""
+        return f"{self.dataset}/{self.fingerprint}"
+
     def keys(self, start: int, stop: int) -> list[str]:
         """Return the keys of the samples `start` to `stop`."""
         keys: list[str] = []

@@ -134,7 +134,7 @@ class LaneStream:
                 "run with smaller data.window_chunks or data.chunk_bytes"
             )
 
-    def batches(self, start_step: int = 0) -> Iterator[Batch]:
+    def batches(self, start_step: int = 0) -> Generator[Batch, None, None]:
         """Yield the batches of `start_step` and all later steps, made ahead in background threads.
 
         What fails in the background is raised here. Closing or dropping the iterator ends the threads.
@@ -357,7 +357,7 @@ def _collate(
     return batch
 
 
-def _in_background(source: Generator[Batch, None, None], depth: int) -> Iterator[Batch]:
+def _in_background(source: Generator[Batch, None, None], depth: int) -> Generator[Batch, None, None]:
     """Yield what `source` yields, made up to `depth` items ahead in a thread that ends with this iterator."""
     items: queue.Queue[Batch | BaseException | None] = queue.Queue(maxsize=depth)
     stop = threading.Event()

@@ -70,10 +70,10 @@ def evaluate(run_dir: Path, step: int, config: EvaluationConfig) -> dict[str, An
     Raises:
         ValueError: if the run has no held-out data, or fewer held-out images than asked for.
     """
+    run = read_run(run_dir)
     done = read_evaluation(run_dir, step, config)
     if done is not None:
         return done
-    run = read_run(run_dir)
     started = time.monotonic()
     out_dir = evaluation_dir(run_dir, step)
     out_dir.mkdir(parents=True, exist_ok=True)

@@ -23,6 +23,7 @@ def read_run(run_dir: Path) -> RunConfig:
 
 def newest_step(run_dir: Path) -> int:
     """Return the step of a run's newest complete checkpoint."""
+    read_run(run_dir)
     step = store.latest_step(run_dir)
     if step is None:
         raise ValueError(f"{run_dir}: no complete checkpoint")

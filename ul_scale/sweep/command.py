@@ -55,8 +55,8 @@ def report_plan(plan: Plan, console: Console) -> Path | None:
         console.print("nothing has been evaluated yet: no report")
         return None
     page = write_report(rows, plan.directory, title=plan.config.name, meta=report_meta(plan))
-    console.print(summary_table(rows))
-    console.print(finding(summarise(rows)))
+    console.print(summary_table(rows, plan.config.evaluation.features))
+    console.print(finding(summarise(rows, plan.config.evaluation.features)))
     console.print(f"report: {page}   (also report.json, report.csv and PNGs beside it)", soft_wrap=True)
     return page
 

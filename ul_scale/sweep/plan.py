@@ -52,7 +52,8 @@ class SweepConfig:
             raise ValueError("evaluation_points must be 1 or more, and evaluation_span above 1")
         unknown = {*self.size_overrides} - {*BASES}
         if unknown:
-            raise ValueError(f"size_overrides names {', '.join(sorted(unknown))}; sizes are {', '.join(BASES)}")
+            named = ", ".join(sorted(unknown))
+            raise ValueError(f"size_overrides names {named}; sizes are {', '.join(BASES)}")
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,7 @@ def plan_sweep(sweep: SweepConfig, folder: Path) -> Plan:
         if autoencoder.data.train is None or autoencoder.data.val is None:
             raise ValueError(f"{folder / sweep.autoencoder}: a sweep needs data.train and data.val")
         index = open_index(autoencoder.data.train)
-        run_id = configs.run_id(autoencoder, index.fingerprint)
+        run_id = configs.run_id(autoencoder, index.identity)
         runs[run_id] = autoencoder
         run_dir, last = Path(sweep.root) / run_id, autoencoder.train.last_step
         ae_cost = autoencoder_cost(autoencoder)

@@ -72,7 +72,11 @@ def prepare(config: RunConfig, world_size: int = 1) -> Prepared:
     else:
         url = config.data.train
     index = open_index(url)
-    run_id = configs.run_id(config, index.fingerprint if isinstance(config, AutoencoderRun) else None)
+    if config.data.val is not None:
+        val = open_index(config.data.val)
+        if val.classes and index.classes and val.classes != index.classes:
+            raise ValueError(f"{config.data.val}: its classes are not those of {url}; ids would not agree")
+    run_id = configs.run_id(config, index.identity if isinstance(config, AutoencoderRun) else None)
     plan = make_plan(index, config.data, seed=config.seed, batch_size=config.train.batch_size)
     slots = lane_slots(plan.lanes, 0, world_size)
     micro_batches(len(slots) * plan.lane_batch_size, config.parallel.accumulation_steps)
@@ -279,7 +283,7 @@ def write_provenance(prepared: Prepared) -> None:
     record = {
         "run_id": prepared.run_id,
         "kind": config.kind,
-        "data_fingerprint": prepared.index.fingerprint,
+        "data_fingerprint": prepared.index.identity,
         "parents": [vars(config.autoencoder)] if isinstance(config, BaseRun) else [],
         "git": git_revision(),
         "versions": {name: metadata.version(name) for name in ("torch", "numpy", "ul-scale")}
