@@ -65,7 +65,8 @@ def main() -> int:
     if arguments.dry_run:
         print(f"command    {shlex.join(local.command(kind, *submission))}")
         return 0
-    return local.submit(kind, *submission)
+    local.submit(kind, *submission)
+    return 0
 
 
 if __name__ == "__main__":

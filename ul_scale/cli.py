@@ -77,7 +77,7 @@ def encode(
     """
     from ul_scale.evaluate.encode import encode as encode_run
 
-    for folder in encode_run(run, step):
+    for folder in encode_run(run.resolve(), step):
         print(folder)
 
 
@@ -104,6 +104,7 @@ def evaluate(
 
     values = apply_overrides(OmegaConf.create({}), settings or [])
     evaluation = structure(EvaluationConfig, values, "evaluate")
+    run = run.resolve()
     for number in step or [newest_step(run)]:
         print(json.dumps(evaluate_run(run, number, evaluation), indent=1), flush=True)
 
@@ -150,7 +151,9 @@ def data_index(url: Annotated[str, typer.Argument(help="Folder or URL of the sha
 def sweep_run(
     config: ConfigPath,
     overrides: Overrides = None,
-    slots: Annotated[int | None, typer.Option(help="Runs at once; by default one per GPU or core.")] = None,
+    slots: Annotated[
+        int | None, typer.Option(min=1, help="Runs at once; by default one per GPU or core.")
+    ] = None,
     dry_run: DryRun = False,
 ) -> None:
     """Run a sweep on this machine, then write its report; only what is missing is run.
@@ -180,7 +183,7 @@ def main() -> None:
     """Run a command. What a user can mend ends in one line; UL_SCALE_TRACEBACK=1 shows where it came from."""
     try:
         app()
-    except (ValueError, RunBusy, Fenced, BrokenCheckpoint) as error:
+    except (ValueError, OSError, ImportError, RunBusy, Fenced, BrokenCheckpoint) as error:
         if os.environ.get("UL_SCALE_TRACEBACK"):
             raise
         Console(stderr=True, soft_wrap=True, highlight=False).print(

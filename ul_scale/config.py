@@ -94,11 +94,14 @@ def read_yaml(path: str | Path, _seen: tuple[Path, ...] = ()) -> DictConfig:
         raise ValueError(f"{path}: its defaults lead back to itself")
     try:
         config = OmegaConf.load(path)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(config, DictConfig):
         raise ValueError(f"{path}: expected keys and values at the top, not a list")
-    bases = [read_yaml(path.parent / base, (*_seen, path.resolve())) for base in config.pop("defaults", [])]
+    names = config.pop("defaults", None) or []
+    if isinstance(names, str):
+        raise ValueError(f"{path}: defaults is {names!r}; expected a list of files")
+    bases = [read_yaml(path.parent / name, (*_seen, path.resolve())) for name in names]
     merged = OmegaConf.merge(*bases, config)
     assert isinstance(merged, DictConfig)
     return merged
@@ -112,7 +115,7 @@ def apply_overrides(config: DictConfig, overrides: list[str]) -> DictConfig:
             raise ValueError(f"override {override!r}: expected key=value, such as train.steps=1000")
         try:
             OmegaConf.update(config, key, yaml.safe_load(value), merge=False, force_add=True)
-        except (yaml.YAMLError, OmegaConfBaseException) as error:
+        except (yaml.YAMLError, OmegaConfBaseException, IndexError) as error:
             raise ValueError(f"override {override!r}: {str(error).splitlines()[0]}") from None
     return config
 
@@ -165,15 +168,18 @@ def structure(schema: type[T], values: DictConfig, source: str) -> T:
 def resolve(values: DictConfig, source: str) -> RunConfig:
     """Return a checked RunConfig: ``model.size`` filled in, types and ranges checked."""
     kind = values.get("kind")
-    if kind not in KINDS:
+    if not isinstance(kind, str) or kind not in KINDS:
         raise ValueError(f"{source}: kind is {kind!r}; expected one of {', '.join(KINDS)}")
     schema, sizes = KINDS[kind]
     size = OmegaConf.select(values, "model.size")
     if size is not None:
-        if size not in sizes:
+        if not isinstance(size, str) or size not in sizes:
             raise ValueError(f"{source}: model.size is {size!r}; expected one of {', '.join(sizes)}")
         values = OmegaConf.merge({"model": sizes[size]}, values)  # type: ignore[assignment]
-    return structure(schema, values, source)
+    config: RunConfig = structure(schema, values, source)
+    if "/" in config.name or not config.name:
+        raise ValueError(f"{source}: name is {config.name!r}; expected a name for a folder")
+    return config
 
 
 def load(path: str | Path, overrides: list[str] | None = None) -> RunConfig:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from ul_scale.checkpoint import attempts
+from ul_scale.checkpoint import attempts, files
 from ul_scale.checkpoint.attempts import Attempt, Fenced, RunBusy, attempt_numbers, start_attempt
 
 HOLD = """
@@ -65,10 +65,10 @@ def record_of(attempt: Attempt) -> dict:
 def fake_attempt(run_dir: Path, **changes: object) -> Path:
     """Leave the file of an attempt behind that, unless changed, lives on another host."""
     path = run_dir / "attempts" / "1.json"
-    attempts.make_dirs(path.parent)
+    files.make_dirs(path.parent)
     record = {"attempt": 1, "token": "x", "host": "far-away", "boot_id": "other", "pid_namespace": "pid:[1]"}
     record |= {"pid": 12, "process_start": 34, "resumes_from": None, "heartbeat": 0, "ended": False}
-    attempts.write_atomic(path, json.dumps(record | changes).encode())
+    files.write_atomic(path, json.dumps(record | changes).encode())
     return path
 
 
@@ -308,8 +308,8 @@ def test_exclusive_create_gives_a_name_to_one_writer(tmp_path: Path, monkeypatch
 
         monkeypatch.setattr(os, "link", unsupported)
     path = tmp_path / "name"
-    assert attempts.create_exclusive(path, b"first")
-    assert not attempts.create_exclusive(path, b"second")
+    assert files.create_exclusive(path, b"first")
+    assert not files.create_exclusive(path, b"second")
     assert path.read_bytes() == b"first" and os.listdir(tmp_path) == ["name"]
 
 
@@ -321,14 +321,14 @@ def test_exclusive_create_recognises_its_own_words(tmp_path: Path, monkeypatch: 
         link(source, target)
 
     monkeypatch.setattr(os, "link", answer_lost)
-    assert attempts.create_exclusive(tmp_path / "name", b"mine")
+    assert files.create_exclusive(tmp_path / "name", b"mine")
 
 
 def test_remove_if_spares_what_was_not_judged(tmp_path: Path):
     path = tmp_path / "name"
     path.write_bytes(b"newer")
-    attempts.remove_if(path, b"older")
+    files.remove_if(path, b"older")
     assert path.read_bytes() == b"newer" and os.listdir(tmp_path) == ["name"]
-    attempts.remove_if(path, b"newer")
-    attempts.remove_if(path, b"newer")
+    files.remove_if(path, b"newer")
+    files.remove_if(path, b"newer")
     assert os.listdir(tmp_path) == []

@@ -76,7 +76,7 @@ def test_killed_and_interrupted_a_sweep_ends_with_the_undisturbed_table(sweep_pa
     process = start("run", sweep_path, *ONE)
     wait_for(lambda: any_base(tmp_path), process)
     second = finish(start("run", sweep_path, *ONE))
-    assert second[0] == 2 and "another process is running this sweep" in second[1]
+    assert second[0] == 2 and "another process is running a sweep here" in second[1]
     process.send_signal(signal.SIGINT)
     code, output = finish(process)
     assert code == 75 and "the same command continues" in output, output

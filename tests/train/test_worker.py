@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from templates import AUTOENCODER, BASE
+from templates import AUTOENCODER, BASE, write_template
 
 from ul_scale import config as configs
 from ul_scale.checkpoint import state, store
@@ -59,10 +59,17 @@ def run_dir_of(path):
     return worker.prepare(configs.load(path)).run_dir
 
 
-@pytest.fixture
-def undisturbed(write_config, tmp_path):
-    """Train the template in one go, in a root of its own; return its config and its run directory."""
-    path = write_config(AUTOENCODER, root=str(tmp_path / "undisturbed"))
+LONG = AUTOENCODER | {
+    "train": AUTOENCODER["train"] | {"steps": 150},
+    "checkpoint": {"every_steps": 40, "keep_last": 2},
+}
+"""Long enough that a process is still at it when a poller has seen a step and acts."""
+
+
+@pytest.fixture(scope="module")
+def undisturbed(shards, tmp_path_factory):
+    """Train the long template in one go; return its run directory."""
+    path = write_template(tmp_path_factory.mktemp("undisturbed"), shards, LONG, "config.yaml")
     assert worker.run(configs.load(path)) == 0
     return run_dir_of(path)
 
@@ -75,9 +82,9 @@ def assert_same(run_dir, other):
 
 
 def test_killed_at_any_moment_the_run_ends_bit_for_bit_the_same(write_config, undisturbed):
-    path = write_config(AUTOENCODER)
+    path = write_config(LONG)
     run_dir = run_dir_of(path)
-    for target in (1, 5, 9):  # before the first save, and between saves
+    for target in (5, 45, 85):  # before the first save, and between saves
         process = subprocess.Popen([*CLI, "train", str(path)], stdout=subprocess.PIPE, env=ENVIRONMENT)
         deadline = time.monotonic() + 120
         while not any(row["step"] >= target for row in read_metrics(run_dir)):
@@ -95,7 +102,7 @@ def test_killed_at_any_moment_the_run_ends_bit_for_bit_the_same(write_config, un
 
 
 def test_sigterm_saves_and_asks_to_be_run_again(write_config, undisturbed):
-    path = write_config(AUTOENCODER, checkpoint={"every_steps": 1000})
+    path = write_config(LONG, checkpoint={"every_steps": 1000})
     run_dir = run_dir_of(path)
     process = subprocess.Popen([*CLI, "train", str(path)], stdout=subprocess.PIPE, env=ENVIRONMENT)
     while not read_metrics(run_dir):
@@ -110,23 +117,23 @@ def test_sigterm_saves_and_asks_to_be_run_again(write_config, undisturbed):
 
 
 def test_a_run_is_extended_by_raising_stop_at_step(write_config, undisturbed):
-    assert worker.run(configs.load(write_config(AUTOENCODER, train={"stop_at_step": 5}))) == 0
-    path = write_config(AUTOENCODER)
-    assert store.read_success(run_dir_of(path)) == 5
+    assert worker.run(configs.load(write_config(LONG, train={"stop_at_step": 55}))) == 0
+    path = write_config(LONG)
+    assert store.read_success(run_dir_of(path)) == 55
     assert worker.run(configs.load(path)) == 0
     assert_same(run_dir_of(path), undisturbed)
 
 
 def test_a_truncated_newest_checkpoint_is_passed_over(write_config, undisturbed, capsys):
-    worker.run(configs.load(write_config(AUTOENCODER, train={"stop_at_step": 8})))
-    path = write_config(AUTOENCODER)
+    worker.run(configs.load(write_config(LONG, train={"stop_at_step": 80})))
+    path = write_config(LONG)
     run_dir = run_dir_of(path)
-    shard = next(store.shard_dir(run_dir, 8).glob("*.distcp"))
+    shard = next(store.shard_dir(run_dir, 80).glob("*.distcp"))
     os.truncate(shard, shard.stat().st_size // 2)
     assert worker.run(configs.load(path)) == 0
     captured = capsys.readouterr()
-    assert "resuming from step 4" in captured.out
-    assert shard.name in captured.err and "step 8 cannot be loaded" in captured.err
+    assert "resuming from step 40" in captured.out
+    assert shard.name in captured.err and "step 80 cannot be loaded" in captured.err
     assert_same(run_dir, undisturbed)
 
 
@@ -210,6 +217,7 @@ def test_a_base_model_trains_on_latents_and_needs_them_first(write_config):
         ("parallel.accumulation_steps=3", "accumulation_steps is 3"),
         ("model.encoder.patch=3", "data.image_size is 16"),
         ("root=gs://bucket/runs", "expected a local directory"),
+        ("data.image_size=null", "data.image_size"),
         ("parallel.engine=fsdp", "needs torchrun"),
     ],
 )
@@ -237,6 +245,38 @@ def test_dry_run_starts_nothing(write_config):
 
 def test_provenance(undisturbed):
     record = json.loads((undisturbed / "run.json").read_text())
-    assert record["run_id"] == undisturbed.name and record["versions"]["torch"] == torch.__version__
+    assert record["run_id"] == undisturbed.name
+    assert record["attempts"]["1"]["versions"]["torch"] == torch.__version__
     config = configs.load(undisturbed / "config.yaml")
-    assert configs.run_id(config, record["data_fingerprint"]) == undisturbed.name
+    assert configs.run_id(config, record["data_identity"]) == undisturbed.name
+
+
+def test_a_run_that_is_past_the_asked_step_says_so(write_config):
+    path = write_config(AUTOENCODER)
+    assert worker.run(configs.load(path, ["train.stop_at_step=8"])) == 0
+    (run_dir_of(path) / "SUCCESS").unlink()
+    with pytest.raises(ValueError, match="has 8 complete steps; train.stop_at_step is 5, raise it"):
+        worker.run(configs.load(path, ["train.stop_at_step=5"]))
+
+
+def test_data_that_changed_under_a_run_is_named(write_config):
+    path = write_config(AUTOENCODER)
+    assert worker.run(configs.load(path, ["train.stop_at_step=4"])) == 0
+    record = run_dir_of(path) / "run.json"
+    record.write_text(record.read_text().replace("train/", "other/"))
+    with pytest.raises(ValueError, match="was begun on data other/"):
+        worker.run(configs.load(path))
+
+
+def test_held_out_data_must_be_others(write_config, shards):
+    path = write_config(AUTOENCODER, data={"val": shards["train"]})
+    with pytest.raises(ValueError, match="expected held-out samples"):
+        worker.prepare(configs.load(path))
+
+
+def test_a_checkpoint_of_another_network_is_named(write_config):
+    path = write_config(AUTOENCODER)
+    assert worker.run(configs.load(path, ["train.stop_at_step=4"])) == 0
+    with pytest.raises(store.BrokenCheckpoint, match="does not fit this code or config") as caught:
+        state.load({"model": {"no.such.weight": torch.zeros(2)}}, run_dir_of(path), 4)
+    assert "no.such.weight" in str(caught.value) and "\n" not in str(caught.value)

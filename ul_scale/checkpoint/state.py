@@ -7,6 +7,7 @@ from typing import Any
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.api import CheckpointException
 
 from ul_scale.checkpoint import store
 from ul_scale.checkpoint.attempts import Attempt
@@ -47,6 +48,14 @@ def load(state: dict[str, Any], run_dir: Path, step: int) -> None:
 
     torch keeps the layout of a checkpoint in a pickle: call ``store.verify`` first, which compares every
     file with the hashes in COMMIT.
+
+    Raises:
+        BrokenCheckpoint: if a tensor is missing or of another shape.
     """
-    reader = FileSystemReader(store.shard_dir(run_dir, step))
-    dcp.load(state, storage_reader=reader, no_dist=not dist.is_initialized())
+    directory = store.shard_dir(run_dir, step)
+    try:
+        reader = FileSystemReader(directory)
+        dcp.load(state, storage_reader=reader, no_dist=not dist.is_initialized())
+    except CheckpointException as error:
+        cause = next(iter(error.failures.values()))[0]
+        raise store.BrokenCheckpoint(f"{directory} does not fit this code or config: {cause}") from None

@@ -17,11 +17,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypedDict
 
-from ul_scale.checkpoint.attempts import (
+from ul_scale.checkpoint.attempts import Attempt, attempt_numbers, attempt_path
+from ul_scale.checkpoint.files import (
     TEMP_SUFFIX,
-    Attempt,
-    attempt_numbers,
-    attempt_path,
     create_exclusive,
     decode,
     encode,

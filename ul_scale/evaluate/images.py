@@ -1,12 +1,14 @@
 """Pictures for people, and PSNR. Images are float in [-1, 1], (n, 1 or 3, H, W)."""
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
-from torchmetrics.functional.image import peak_signal_noise_ratio
+
+from ul_scale.checkpoint.files import write_atomic
 
 TILE_PX = 96
 """Smaller images are enlarged by a whole factor, pixel by pixel, to about this size."""
@@ -21,6 +23,9 @@ def psnr(originals: Tensor, reconstructions: Tensor) -> float:
     The peak is 2, the width of [-1, 1]; reconstructions are clipped to it first, as an image file would.
     An exact reconstruction has an infinite ratio, and so has the mean then.
     """
+    # Imported here: it takes seconds, and most evaluations have no use for it.
+    from torchmetrics.functional.image import peak_signal_noise_ratio
+
     if originals.shape != reconstructions.shape:
         raise ValueError(f"PSNR of {tuple(originals.shape)} against {tuple(reconstructions.shape)} images")
     per_image = tuple(range(1, originals.ndim))
@@ -75,7 +80,7 @@ def save_grid(images: Tensor, path: Path, columns: int, titles: Sequence[str] = 
     if len(titles) > columns:
         raise ValueError(f"{len(titles)} titles for {columns} columns")
     path.parent.mkdir(parents=True, exist_ok=True)
-    _sheet(tiles, (), titles).save(path, optimize=True)
+    _write(_sheet(tiles, (), titles), path)
 
 
 def save_pairs(originals: Tensor, reconstructions: Tensor, path: Path, columns: int = 8) -> None:
@@ -85,4 +90,11 @@ def save_pairs(originals: Tensor, reconstructions: Tensor, path: Path, columns: 
     pairs = zip(_tiles(originals, columns), _tiles(reconstructions, columns))
     rows = [row for pair in pairs for row in pair]
     path.parent.mkdir(parents=True, exist_ok=True)
-    _sheet(rows, ("original", "reconstruction") * (len(rows) // 2), ()).save(path, optimize=True)
+    _write(_sheet(rows, ("original", "reconstruction") * (len(rows) // 2), ()), path)
+
+
+def _write(sheet: Image.Image, path: Path) -> None:
+    """Write a PNG whole or not at all: reports read it while others evaluate."""
+    data = io.BytesIO()
+    sheet.save(data, "PNG", optimize=True)
+    write_atomic(path, data.getvalue())

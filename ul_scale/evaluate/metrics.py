@@ -1,4 +1,7 @@
-"""Evaluations of a run at a step: ``evals/step_N/metrics.json`` and the pictures beside it."""
+"""Evaluations of a run at a step: ``evals/step_N/metrics.json`` and the pictures beside it.
+
+Measured in another way, a step has a ``metrics-<id>.json`` more; ``metrics.json`` is the newest.
+"""
 
 import json
 import time
@@ -11,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ul_scale import keyed
-from ul_scale.checkpoint.store import write_atomic
+from ul_scale.checkpoint.files import write_atomic
 from ul_scale.config import AutoencoderRun, hash10
 from ul_scale.data.index import Index, open_index
 from ul_scale.data.stream import iterate
@@ -57,11 +60,8 @@ def evaluation_id(config: EvaluationConfig) -> str:
 
 def read_evaluation(run_dir: Path, step: int, config: EvaluationConfig) -> dict[str, Any] | None:
     """Return metrics.json if the step was evaluated in this way, else None."""
-    path = evaluation_dir(run_dir, step) / "metrics.json"
-    if not path.is_file():
-        return None
-    values = json.loads(path.read_text())
-    return values if values["evaluation_id"] == evaluation_id(config) else None
+    path = evaluation_dir(run_dir, step) / f"metrics-{evaluation_id(config)}.json"
+    return json.loads(path.read_text()) if path.is_file() else None
 
 
 def evaluate(run_dir: Path, step: int, config: EvaluationConfig) -> dict[str, Any]:
@@ -70,6 +70,7 @@ def evaluate(run_dir: Path, step: int, config: EvaluationConfig) -> dict[str, An
     Raises:
         ValueError: if the run has no held-out data, or fewer held-out images than asked for.
     """
+    run_dir = run_dir.resolve()
     run = read_run(run_dir)
     done = read_evaluation(run_dir, step, config)
     if done is not None:
@@ -89,7 +90,9 @@ def evaluate(run_dir: Path, step: int, config: EvaluationConfig) -> dict[str, An
         "evaluation": asdict(config),
         "seconds": time.monotonic() - started,
     }
-    write_atomic(out_dir / "metrics.json", json.dumps(values, indent=1).encode())
+    text = json.dumps(values, indent=1).encode()
+    write_atomic(out_dir / "metrics.json", text)
+    write_atomic(out_dir / f"metrics-{evaluation_id(config)}.json", text)
     return values
 
 
@@ -143,6 +146,10 @@ def _evaluate_base(run_dir: Path, step: int, config: EvaluationConfig, out_dir: 
             images.save_grid(x[:40].cpu(), out_dir / "samples.png", columns=10)
     reference = reference_features(run_dir.parent, index, parent, config, network)
     latents = open_index(str(latents_dir(str(run_dir.parent), parent_ref.run, parent_ref.step, "val")))
+    if latents.extra["source"] != index.identity:
+        raise ValueError(
+            f"{latents.url}: was encoded from {latents.extra['source']}, data.val is {index.identity}"
+        )
     bits = [
         held_out_bits(base, batch["z_clean"].to(device), start, config, batch["label"].to(device))
         for start, batch in batches(latents, run, config)

@@ -66,6 +66,7 @@ def _load_average(stage: torch.nn.Module, config: RunConfig, run_dir: Path, step
     store.verify(run_dir, step)
     half_life = str(config.ema.half_lives_samples[0])
     average: dict[str, Any] = {name: torch.empty_like(p) for name, p in stage.named_parameters()}
-    state.load({"ema": {half_life: average}}, run_dir, step)
-    stage.load_state_dict(average, strict=False)  # buffers are not averaged: the stage was built with them
+    buffers = dict(stage.named_buffers())
+    state.load({"ema": {half_life: average}, "model": buffers}, run_dir, step)
+    stage.load_state_dict(average | buffers)
     stage.to("cuda" if torch.cuda.is_available() else "cpu").eval().requires_grad_(False)

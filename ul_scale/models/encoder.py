@@ -19,6 +19,10 @@ class EncoderConfig:
     """Factor on the initial output weights, so on the initial size of the latent."""
 
     def __post_init__(self) -> None:
+        if self.patch < 1 or min(self.channels, default=0) < 1:
+            raise ValueError(
+                f"model.encoder: patch is {self.patch}, channels {list(self.channels)}; expected 1 or more"
+            )
         if len(self.channels) != len(self.blocks):
             raise ValueError(
                 f"model.encoder: {len(self.channels)} channels but {len(self.blocks)} blocks; one per level"

@@ -109,14 +109,16 @@ class Attention(nn.Module):
                 f"attention width {width} must be a multiple of head_dim {self.head_dim}, itself one of 4"
             )
         self.qkv = nn.Linear(width, 3 * width)
-        self.q_norm, self.k_norm = nn.RMSNorm(self.head_dim), nn.RMSNorm(self.head_dim)
+        self.qk_gain = nn.Parameter(torch.ones(2, 1, 1, 1, self.head_dim))
         self.out = nn.Linear(width, width)
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         b, n, c = x.shape
-        q, k, v = self.qkv(x).view(b, n, 3, -1, self.head_dim).permute(2, 0, 3, 1, 4)
-        cos, sin = rope_2d(*grid, self.head_dim, x.device)
-        q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
+        qkv = self.qkv(x).view(b, n, 3, -1, self.head_dim).permute(2, 0, 3, 1, 4)
+        # One normalisation and one rotation for q and k together: tiny models are bound by dispatch.
+        qk = F.layer_norm(qkv[:2], (self.head_dim,)) * self.qk_gain
+        q, k = rotate(qk, *rope_2d(*grid, self.head_dim, x.device))
+        v = qkv[2]
         return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, n, c))
 
 

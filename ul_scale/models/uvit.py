@@ -37,6 +37,11 @@ class LevelConfig:
     def __post_init__(self) -> None:
         if self.kind not in ("conv", "transformer"):
             raise ValueError(f"level kind is {self.kind!r}; expected 'conv' or 'transformer'")
+        if self.channels < 1 or self.blocks < 1 or not 0 <= self.dropout < 1:
+            raise ValueError(
+                f"level has channels {self.channels}, blocks {self.blocks}, dropout {self.dropout}; "
+                "expected positive numbers and a share below 1"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +53,12 @@ class UViTConfig:
     head_dim: int = 64
     z_scale: float = 1.0
     """Factor on the injected latent, whose std is well below 1; lets a short run come to use it."""
+
+    def __post_init__(self) -> None:
+        if self.patch < 1 or not self.levels:
+            raise ValueError(
+                f"patch is {self.patch} and levels are {len(self.levels)}; expected at least 1 of each"
+            )
 
     @property
     def downsampling(self) -> int:

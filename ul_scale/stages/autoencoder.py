@@ -1,5 +1,6 @@
 """Stage 1: encoder, diffusion prior and diffusion decoder, trained together (Unified Latents, section 3)."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -46,7 +47,7 @@ class AutoencoderLoss:
     def __post_init__(self) -> None:
         for name in ("loss_factor", "loss_factor_start"):
             value = getattr(self, name)
-            if value is not None and value <= 0:
+            if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"loss.{name} is {value}; expected a number above 0")
         if (self.loss_factor_start is None) != (self.loss_factor_warmup_steps == 0):
             raise ValueError(

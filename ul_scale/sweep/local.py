@@ -13,6 +13,7 @@ from types import FrameType
 import torch
 
 from ul_scale import config as configs
+from ul_scale.checkpoint.files import write_atomic
 from ul_scale.lifetime import SCHEDULER_PID
 from ul_scale.sweep.plan import Node, Plan, config_path
 from ul_scale.sweep.progress import Progress
@@ -28,19 +29,21 @@ class Machine:
 
     slots: int
     threads: int
-    gpus: int
+    gpus: tuple[str, ...] = ()
 
     def environment(self, slot: int) -> dict[str, str]:
         share = {"OMP_NUM_THREADS": str(self.threads), SCHEDULER_PID: str(os.getpid())}
         if self.gpus:
-            share["CUDA_VISIBLE_DEVICES"] = str(slot % self.gpus)
+            share["CUDA_VISIBLE_DEVICES"] = self.gpus[slot % len(self.gpus)]
         return share
 
 
 def this_machine(slots: int | None = None) -> Machine:
     """Return one slot per GPU, or without GPUs one per core: two one-thread workers beat a two-thread one."""
-    cores, gpus = len(os.sched_getaffinity(0)), torch.cuda.device_count()
-    slots = slots or gpus or cores
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = tuple(visible.split(",") if visible else map(str, range(torch.cuda.device_count())))
+    slots = slots or len(gpus) or cores
     return Machine(slots, max(1, cores // slots), gpus)
 
 
@@ -88,14 +91,15 @@ def run_sweep(plan: Plan, machine: Machine) -> dict[str, str]:
     """
     for name in ("configs", "logs"):
         (plan.directory / name).mkdir(parents=True, exist_ok=True)
-    for run_id, config in plan.runs.items():
-        parallel = replace(config.parallel, threads=machine.threads)
-        config_path(plan.directory, run_id).write_text(configs.to_yaml(replace(config, parallel=parallel)))
-    with (plan.directory / "lock").open("w") as lock:
+    # One sweep at a time under a root: sweeps share runs.
+    with (plan.directory.parent / "lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f"{plan.directory}: another process is running this sweep") from None
+            raise ValueError(f"{plan.directory.parent}: another process is running a sweep here") from None
+        for run_id, config in plan.runs.items():
+            config = replace(config, parallel=replace(config.parallel, threads=machine.threads))
+            write_atomic(config_path(plan.directory, run_id), configs.to_yaml(config).encode())
         return _run_nodes(plan, machine)
 
 

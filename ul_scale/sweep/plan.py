@@ -5,18 +5,22 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
 
 from ul_scale import config as configs
 from ul_scale.checkpoint import store
 from ul_scale.config import AutoencoderRun, BaseRun, RunConfig
-from ul_scale.data.index import open_index
+from ul_scale.data.stream import make_plan
 from ul_scale.evaluate.encode import is_encoded
-from ul_scale.evaluate.metrics import EvaluationConfig, read_evaluation
+from ul_scale.evaluate.features import load_network
+from ul_scale.evaluate.metrics import EvaluationConfig, held_out, read_evaluation
 from ul_scale.models.zoo import BASES
 from ul_scale.sweep.cost import Cost, autoencoder_cost, base_cost
+from ul_scale.train.worker import prepare
+
+RunT = TypeVar("RunT", AutoencoderRun, BaseRun)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,6 +121,7 @@ def plan_sweep(sweep: SweepConfig, folder: Path) -> Plan:
     Raises:
         ValueError: in one line, if a template, a size or the data does not fit.
     """
+    load_network(sweep.evaluation.features)  # or its absence would be found after hours of training
     directory = Path(sweep.root) / "sweeps" / sweep.name
     nodes: list[Node] = []
     runs: dict[str, RunConfig] = {}
@@ -129,12 +134,12 @@ def plan_sweep(sweep: SweepConfig, folder: Path) -> Plan:
             {"name": f"autoencoder-c{loss_factor:g}"},
         )
         assert isinstance(autoencoder, AutoencoderRun)
-        if autoencoder.data.train is None or autoencoder.data.val is None:
-            raise ValueError(f"{folder / sweep.autoencoder}: a sweep needs data.train and data.val")
-        index = open_index(autoencoder.data.train)
-        run_id = configs.run_id(autoencoder, index.identity)
+        last = autoencoder.train.last_step
+        autoencoder = _keeping(autoencoder, [last])
+        prepared = prepare(autoencoder)
+        held_out(autoencoder, sweep.evaluation.samples)
+        index, run_id, run_dir = prepared.index, prepared.run_id, prepared.run_dir
         runs[run_id] = autoencoder
-        run_dir, last = Path(sweep.root) / run_id, autoencoder.train.last_step
         ae_cost = autoencoder_cost(autoencoder)
         nodes += [
             _train_node(run_id, "autoencoder", directory, run_dir, last, ae_cost.train_flops(last), ()),
@@ -162,11 +167,12 @@ def plan_sweep(sweep: SweepConfig, folder: Path) -> Plan:
                 points = evaluation_steps(
                     base.train.last_step, sweep.evaluation_points, sweep.evaluation_span
                 )
-                keep = dataclasses.replace(base.checkpoint, keep_steps=points)
-                base = dataclasses.replace(base, checkpoint=keep)
+                base = _keeping(base, points)
+                make_plan(index, base.data, seed=seed, batch_size=base.train.batch_size)
                 base_id = configs.run_id(base, None)
                 runs[base_id] = base
                 base_dir, cost = Path(sweep.root) / base_id, base_cost(base, autoencoder)
+                _check_points(base_dir, points, sweep.evaluation)
                 latents = f"{run_id}/latents"
                 training = cost.train_flops(base.train.last_step)
                 nodes += [
@@ -184,6 +190,25 @@ def _template(path: Path, sweep: SweepConfig, overrides: list[str], values: dict
     merged = OmegaConf.merge(config, {"root": sweep.root}, values)
     assert isinstance(merged, DictConfig)
     return configs.resolve(configs.apply_overrides(merged, overrides), str(path))
+
+
+def _keeping(run: RunT, steps: list[int]) -> RunT:
+    return dataclasses.replace(run, checkpoint=dataclasses.replace(run.checkpoint, keep_steps=steps))
+
+
+def _check_points(run_dir: Path, points: list[int], evaluation: EvaluationConfig) -> None:
+    """Raise if a run is past a compute point whose checkpoint it did not keep."""
+    kept = store.complete_steps(run_dir)
+    for step in points:
+        if (
+            step < max(kept, default=0)
+            and step not in kept
+            and not read_evaluation(run_dir, step, evaluation)
+        ):
+            raise ValueError(
+                f"{run_dir} is past step {step}, which is to be evaluated, and has kept only {kept}; "
+                "choose other evaluation_points, or delete the run to train it again"
+            )
 
 
 def _is_encoded(run_dir: Path, step: int) -> bool:
@@ -222,7 +247,7 @@ def _evaluate_node(
     evaluation = sweep.evaluation
     settings = [f"{key}={value}" for key, value in dataclasses.asdict(evaluation).items()]
     step_args = [argument for step in steps for argument in ("--step", str(step))]
-    per_image = autoencoder.forward_flops * evaluation.decoder_steps
+    per_image = autoencoder.decode_flops * evaluation.decoder_steps
     per_image += base.forward_flops * evaluation.base_steps if base else 0
     return Node(
         f"{run_id}/evals",

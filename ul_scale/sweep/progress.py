@@ -4,7 +4,7 @@ import sys
 import time
 from types import TracebackType
 
-from rich.console import Group
+from rich.console import Console, Group
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
@@ -33,7 +33,8 @@ class Progress:
         self._total = sum(node.flops for node in nodes)
         self._since = time.monotonic()
         self._running: dict[str, tuple[Node, float]] = {}
-        self._live = Live(self._render(), refresh_per_second=2) if sys.stderr.isatty() else None
+        live = Live(self._render(), console=Console(stderr=True), refresh_per_second=2)
+        self._live = live if sys.stderr.isatty() else None
 
     def __enter__(self) -> "Progress":
         if self._live is not None:

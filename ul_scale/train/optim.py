@@ -22,8 +22,12 @@ class OptimConfig:
     """Largest global gradient norm."""
 
     def __post_init__(self) -> None:
-        if not self.lr > 0:
+        if not 0 < self.lr < math.inf:
             raise ValueError(f"optim.lr is {self.lr}; expected a number above 0")
+        if self.warmup_steps < 0:
+            raise ValueError(f"optim.warmup_steps is {self.warmup_steps}; expected 0 or more")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"optim.betas is {list(self.betas)}; expected two numbers from 0 to below 1")
         if not 0 <= self.decay_fraction <= 1:
             raise ValueError(f"optim.decay_fraction is {self.decay_fraction}; expected a share from 0 to 1")
         if not self.clip_norm > 0:

@@ -1,10 +1,30 @@
 """Stop requests: a signal on any rank becomes one decision of all ranks, at the same step."""
 
 import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 
 import torch
 import torch.distributed as dist
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+
+@contextmanager
+def leaving_on_signals(exit_code: int) -> Iterator[None]:
+    """Exit with a code of our own when asked to stop while there is nothing to save yet."""
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        sys.exit(exit_code)
+
+    before = {number: signal.signal(number, leave) for number in STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class StopRequest:
@@ -18,7 +38,7 @@ class StopRequest:
         self._world_size = world_size
         self._requested = False
         self._pending: tuple[dist.Work, torch.Tensor] | None = None
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        for number in STOP_SIGNALS:
             signal.signal(number, self._request)
 
     def _request(self, number: int, frame: FrameType | None) -> None:

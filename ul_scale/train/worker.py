@@ -15,9 +15,11 @@ from torch import Tensor
 from ul_scale import config as configs
 from ul_scale import keyed
 from ul_scale.checkpoint import state, store
-from ul_scale.checkpoint.attempts import Attempt, start_attempt, write_atomic
+from ul_scale.checkpoint.attempts import Attempt, RunBusy, start_attempt
+from ul_scale.checkpoint.files import write_atomic
 from ul_scale.config import AutoencoderRun, BaseRun, RunConfig
 from ul_scale.data.index import Index, open_index
+from ul_scale.data.latents import LatentWriter
 from ul_scale.data.plan import LanePlan, lane_slots
 from ul_scale.data.stream import LaneStream, make_plan
 from ul_scale.models.flops import num_parameters
@@ -30,7 +32,7 @@ from ul_scale.train.ema import Ema
 from ul_scale.train.loop import Diverged, micro_batches, train
 from ul_scale.train.metrics import MetricsWriter
 from ul_scale.train.optim import build_optimizer
-from ul_scale.train.preemption import StopRequest
+from ul_scale.train.preemption import StopRequest, leaving_on_signals
 
 EXIT_DONE, EXIT_FAILED, EXIT_RUN_AGAIN = 0, 1, 75
 """75 is EX_TEMPFAIL: saved after a stop request, run the same command again."""
@@ -62,13 +64,15 @@ def prepare(config: RunConfig, world_size: int = 1) -> Prepared:
     if isinstance(config, BaseRun):
         parent = config.autoencoder
         url = str(latents_dir(config.root, parent.run, parent.step))
-        if not (Path(url) / "_index").is_dir():
+        if not LatentWriter.is_complete(url):
             raise ValueError(
                 f"{url}: no latents of autoencoder {parent.run} at step {parent.step}; first run: "
                 f"ul-scale encode {Path(config.root) / parent.run} --step {parent.step}"
             )
-    elif config.data.train is None:
-        raise ValueError("data.train is not set; expected the URL of a folder of shards")
+    elif config.data.train is None or config.data.image_size is None:
+        raise ValueError(
+            "data.train and data.image_size are not both set; expected a folder of shards, and pixels"
+        )
     else:
         url = config.data.train
     index = open_index(url)
@@ -76,6 +80,8 @@ def prepare(config: RunConfig, world_size: int = 1) -> Prepared:
         val = open_index(config.data.val)
         if val.classes and index.classes and val.classes != index.classes:
             raise ValueError(f"{config.data.val}: its classes are not those of {url}; ids would not agree")
+        if val.fingerprint == index.fingerprint:
+            raise ValueError(f"{config.data.val}: is the training set {url}; expected held-out samples")
     run_id = configs.run_id(config, index.identity if isinstance(config, AutoencoderRun) else None)
     plan = make_plan(index, config.data, seed=config.seed, batch_size=config.train.batch_size)
     slots = lane_slots(plan.lanes, 0, world_size)
@@ -86,14 +92,14 @@ def prepare(config: RunConfig, world_size: int = 1) -> Prepared:
 def describe(prepared: Prepared) -> str:
     """Return what a run would do, for a dry run."""
     config, plan = prepared.config, prepared.plan
-    success = store.read_success(prepared.run_dir)
+    done = (store.read_success(prepared.run_dir) or 0) >= config.train.last_step
     newest = (store.complete_steps(prepared.run_dir) or [0])[-1]
     epochs = config.train.last_step * config.train.batch_size / len(prepared.index)
     return "\n".join(
         [
             f"run        {prepared.run_id}",
             f"directory  {prepared.run_dir}",
-            f"state      {'done' if success == config.train.last_step else f'{newest} steps complete'}",
+            f"state      {'done' if done else f'{newest} steps complete'}",
             f"data       {len(prepared.index)} samples, fingerprint {prepared.index.fingerprint}",
             f"steps      {config.train.last_step} of {config.train.batch_size} samples, {epochs:.2f} epochs",
             f"lanes      {plan.lanes} of {plan.lane_batch_size} samples; world sizes that waste nothing: "
@@ -116,7 +122,12 @@ def build_stage(config: RunConfig, latents: dict[str, Any] | None = None) -> Aut
         return AutoencoderStage(
             config.model, config.loss, image_size=config.data.image_size, channels=config.data.channels
         )
-    assert latents is not None
+    if latents is None or "log_snr_max" not in latents:
+        raise ValueError("these shards do not say what latents they hold; expected those of ul-scale encode")
+    if (config.model.num_classes or latents["num_classes"]) < latents["num_classes"]:
+        raise ValueError(
+            f"model.num_classes is {config.model.num_classes}, but the latents have {latents['num_classes']}"
+        )
     if latents["log_snr_max"] != config.loss.log_snr_max:
         raise ValueError(
             f"loss.log_snr_max is {config.loss.log_snr_max}, "
@@ -135,14 +146,23 @@ def run(config: RunConfig) -> int:
     """Train a run to its end, or go on with it; return the exit code."""
     if config.parallel.threads is not None:
         torch.set_num_threads(config.parallel.threads)
-    with distributed() as process:
+    with leaving_on_signals(EXIT_RUN_AGAIN), distributed() as process:
         prepared = prepare(config, process.world_size)
         target = config.train.last_step
-        if (store.read_success(prepared.run_dir) or 0) >= target:
+        reached = broadcast_object(store.read_success(prepared.run_dir) or 0, process)
+        if reached >= target:
             if process.rank == 0:
                 print(f"{prepared.run_id} is done: {prepared.run_dir} reached step {target}")
             return EXIT_DONE
-        attempt = start_attempt(prepared.run_dir) if process.rank == 0 else None
+        attempt, refused = None, None
+        if process.rank == 0:
+            try:
+                attempt = start_attempt(prepared.run_dir)
+            except RunBusy as busy:
+                refused = str(busy)
+        refused = broadcast_object(refused, process)
+        if refused is not None:
+            raise RunBusy(refused)
         number = broadcast_object(attempt.number if attempt else 0, process)
         try:
             return _train(prepared, process, attempt, number)
@@ -158,7 +178,7 @@ def run(config: RunConfig) -> int:
 def _train(prepared: Prepared, process: Process, attempt: Attempt | None, number: int) -> int:
     config, run_dir, plan = prepared.config, prepared.run_dir, prepared.plan
     if attempt is not None:
-        write_provenance(prepared)
+        write_provenance(prepared, number)
     stage = build_stage(config, prepared.index.extra)
     noise_spec = stage.noise_spec
     engine = build_engine(
@@ -177,6 +197,9 @@ def _train(prepared: Prepared, process: Process, attempt: Attempt | None, number
             "train": {"step": completed, "samples_seen": samples_seen},
         }
 
+    newest, last = store.latest_step(run_dir) or 0, config.train.last_step
+    if newest > last:
+        raise ValueError(f"{run_dir} has {newest} complete steps; train.stop_at_step is {last}, raise it")
     start_step = resume(training_state, engine.load_state_dict, run_dir, attempt, process)
     keep_steps = set(config.checkpoint.keep_steps)
 
@@ -261,8 +284,12 @@ def resume(
                 print(f"step {step} cannot be loaded: {error}", file=sys.stderr)
         error = broadcast_object(error, process)
         if error is None:
-            loaded = training_state(step)
-            state.load(loaded, run_dir, step)
+            try:
+                loaded = training_state(step)
+                state.load(loaded, run_dir, step)
+            except store.BrokenCheckpoint as broken:
+                error = str(broken)
+                continue
             load_state_dict(loaded)
             break
     else:
@@ -276,33 +303,48 @@ def resume(
     return step
 
 
-def write_provenance(prepared: Prepared) -> None:
-    """Write config.yaml and run.json: enough to say what was run, on what data, by which code."""
-    config = prepared.config
-    write_atomic(prepared.run_dir / "config.yaml", configs.to_yaml(config).encode())
-    record = {
-        "run_id": prepared.run_id,
-        "kind": config.kind,
-        "data_fingerprint": prepared.index.identity,
-        "parents": [vars(config.autoencoder)] if isinstance(config, BaseRun) else [],
+def write_provenance(prepared: Prepared, attempt: int) -> None:
+    """Write config.yaml and run.json: enough to say what was run, on what data, by which code.
+
+    Raises:
+        ValueError: if the run was begun on other data; for latents, on another encoding.
+    """
+    config, path = prepared.config, prepared.run_dir / "run.json"
+    earlier = json.loads(path.read_text()) if path.is_file() else {}
+    identity = prepared.index.identity
+    if earlier.get("data_identity", identity) != identity:
+        raise ValueError(
+            f"{prepared.run_dir}: was begun on data {earlier['data_identity']}, which are now {identity}"
+        )
+    code = {
         "git": git_revision(),
         "versions": {name: metadata.version(name) for name in ("torch", "numpy", "ul-scale")}
         | {"python": sys.version.split()[0]},
     }
-    write_atomic(prepared.run_dir / "run.json", json.dumps(record, indent=1).encode())
+    record = {
+        "run_id": prepared.run_id,
+        "kind": config.kind,
+        "data_identity": identity,
+        "parents": [vars(config.autoencoder)] if isinstance(config, BaseRun) else [],
+        "attempts": earlier.get("attempts", {}) | {str(attempt): code},
+    }
+    write_atomic(prepared.run_dir / "config.yaml", configs.to_yaml(config).encode())
+    write_atomic(path, json.dumps(record, indent=1).encode())
 
 
 def git_revision() -> dict[str, Any] | None:
     """Return the commit of the code that runs and whether it was changed, or None outside a checkout."""
-    here = Path(__file__).parent
+    here = Path(__file__)
 
     def git(*args: str | Path) -> str:
-        return subprocess.run(["git", "-C", here, *args], capture_output=True, text=True, check=True).stdout
+        command = ["git", "-C", here.parent, *args]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
     try:
+        git("ls-files", "--error-unmatch", here.name)  # or it is somebody else's checkout around us
         return {
             "sha": git("rev-parse", "HEAD").strip(),
-            "dirty": bool(git("status", "--porcelain", "--", here)),
+            "dirty": bool(git("status", "--porcelain", "--", ".")),
         }
     except (OSError, subprocess.CalledProcessError):
         return None
