@@ -25,7 +25,7 @@ AUTOENCODERS: dict[str, Fields] = {
         "prior": {"patch": 2, "levels": [_transformer(96, 3)], "head_dim": 32},
         "decoder": {
             "patch": 2,
-            "levels": [_conv(32, 2), _transformer(64, 2)],
+            "levels": [_conv(32, 2), _conv(64, 2), _transformer(64, 2)],
             "head_dim": 32,
             "z_scale": 5.0,
         },
