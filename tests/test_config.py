@@ -135,5 +135,7 @@ class TestIdentity:
         for template in (AUTOENCODER, BASE | {"autoencoder": {"run": "a-0123456789", "step": 12}}):
             path = tmp_path / "config.yaml"
             path.write_text(yaml.safe_dump(template))
-            ids.append(configs.run_id(load(path), "train/0123" if template["kind"] == "autoencoder" else None))
+            ids.append(
+                configs.run_id(load(path), "train/0123" if template["kind"] == "autoencoder" else None)
+            )
         assert ids == ["tiny-bb45b196a8", "tiny-base-b43355095e"]

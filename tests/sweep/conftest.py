@@ -15,8 +15,10 @@ SWEEP = {
 
 
 def write_sweep(folder, shards):
-    write_template(folder, shards, AUTOENCODER, "autoencoder.yaml")
-    write_template(folder, shards, BASE | {"model": {"num_classes": 2}}, "base.yaml")
+    saves = {"every_steps": 50}
+    write_template(folder, shards, AUTOENCODER, "autoencoder.yaml", train={"steps": 200}, checkpoint=saves)
+    base = BASE | {"model": {"num_classes": 2}, "checkpoint": saves}
+    write_template(folder, shards, base, "base.yaml", train={"steps": 200})
     path = folder / "sweep.yaml"
     path.write_text(yaml.safe_dump(SWEEP | {"root": str(folder / "runs")}))
     return path

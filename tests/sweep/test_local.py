@@ -74,9 +74,10 @@ def test_killed_and_interrupted_a_sweep_ends_with_the_undisturbed_table(sweep_pa
     assert orphans and not any(os.path.exists(f"/proc/{pid}") for pid in orphans)
 
     process = start("run", sweep_path, *ONE)
-    wait_for(lambda: any_base(tmp_path), process)
+    wait_for(lambda: children_of(process.pid), process)
     second = finish(start("run", sweep_path, *ONE))
     assert second[0] == 2 and "another process is running a sweep here" in second[1]
+    wait_for(lambda: any_base(tmp_path), process)
     process.send_signal(signal.SIGINT)
     code, output = finish(process)
     assert code == 75 and "the same command continues" in output, output
@@ -89,7 +90,7 @@ def test_killed_and_interrupted_a_sweep_ends_with_the_undisturbed_table(sweep_pa
 def test_a_finished_sweep_says_so_and_has_a_report(undisturbed):
     path, output = undisturbed
     expected = measured(path, *ONE)
-    assert [row["step"] for row in expected] == [2, 4, 8]
+    assert [row["step"] for row in expected] == [50, 100, 200]
     check_report(path.parent / "runs" / "sweeps" / "tiny", expected)
     assert "tiny-s" in output and "report.html" in output
     code, output = finish(start("run", path, *ONE))

@@ -49,7 +49,7 @@ def test_compute_points_are_log_spaced_and_kept(sweep_path):
     assert evaluation_steps(3, 4, 8.0) == [1, 3]  # never the same step twice
     assert evaluation_steps(5, 1, 4.0) == [5]
     bases = [run for run in plan(sweep_path).runs.values() if run.kind == "base"]
-    assert all(run.checkpoint.keep_steps == [2, 4, 8] for run in bases)
+    assert all(run.checkpoint.keep_steps == [50, 100, 200] for run in bases)
 
 
 def test_costs_follow_their_definitions(sweep_path):
