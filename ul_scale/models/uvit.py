@@ -126,7 +126,11 @@ class UViT(nn.Module):
         width = levels[-1].channels
         self.log_snr_embedding = LogSNREmbedding(width)
         self.label_embedding = nn.Embedding(num_classes + 1, width) if num_classes is not None else None
-        self.stem = nn.Conv2d(channels * config.patch**2, levels[0].channels, 1)
+        # Convolutional levels see across patches from the first layer to the last: a linear head leaves
+        # the patches' grid in the image.
+        kernel = 3 if levels[0].kind == "conv" else 1
+        pixels = channels * config.patch**2
+        self.stem = nn.Conv2d(pixels, levels[0].channels, kernel, padding=kernel // 2)
         self.down_levels, self.up_levels = nn.ModuleList(), nn.ModuleList()
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
         for fine, coarse in zip(levels[:-1], levels[1:]):
@@ -145,7 +149,7 @@ class UViT(nn.Module):
             self.z_level = grids.index(z_downsampling) if z_downsampling in grids else len(levels) - 1
             self.z_projection = nn.Conv2d(z_channels, levels[self.z_level].channels, 1)
         self.norm = group_norm(levels[0].channels)
-        self.head = nn.Conv2d(levels[0].channels, channels * config.patch**2, 1)
+        self.head = nn.Conv2d(levels[0].channels, pixels, kernel, padding=kernel // 2)
         nn.init.zeros_(self.head.weight)
         assert self.head.bias is not None
         nn.init.zeros_(self.head.bias)
