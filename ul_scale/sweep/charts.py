@@ -327,7 +327,7 @@ def _add_key(figure: Any, summary: Summary, best: bool = False) -> None:
         marker, line, *_ = marks_of(summary, size)
         sizes.append(Line2D([], [], color=MUTED, marker=marker, ls=line, lw=1.4, ms=6, label=size.label))
     if best:
-        sizes.append(Line2D([], [], ls="", marker="o", mfc="none", mec=INK, ms=11, label="best of its size"))
+        sizes.append(Line2D([], [], ls="", marker="o", mfc="none", mec=INK, ms=11, label="best"))
     for entries, side, title in ((bitrates, "left", "bits per pixel"), (sizes, "right", "base model")):
         figure.legend(
             handles=entries,
@@ -405,7 +405,7 @@ def quality_png(summary: Summary, path: Path) -> None:
             if summary.is_best(point):
                 panel.plot(x, y, "o", ms=16, mfc="none", mec=INK, mew=1.2, zorder=4)
         if curve:
-            _say(panel, size.name, (curve[-1].latents.bits_per_pixel, curve[-1].mean), (10, 0), va="center")
+            _say(panel, size.name, (curve[-1].latents.bits_per_pixel, curve[-1].mean), (6, 7))
     _label_axes(panel, summary, BITS, points)
     _add_key(figure, summary, best=bool(summary.best))
     figure.savefig(path)
