@@ -31,7 +31,7 @@ def test_resolved_config_reads_back_to_the_same_run(tmp_path):
         ("model.encoder.patches=2", "unknown key model.encoder.patches; did you mean model.encoder.patch?"),
         ("train.steps=many", "train.steps: Value 'many' of type 'str' could not be converted to Integer"),
         ("train.steps=0", "train.steps is 0; expected 1 or more"),
-        ("train.stop_at_step=2000", "train.stop_at_step is 2000; expected 1 to train.steps = 700"),
+        ("train.stop_at_step=2000", "train.stop_at_step is 2000; expected 1 to train.steps = 800"),
         ("model.size=huge", "model.size is 'huge'; expected one of tiny32, imagenet512"),
         ("kind=video", "kind is 'video'; expected one of autoencoder, base"),
         ("ema.half_lives_samples=[]", "ema.half_lives_samples is []; expected numbers above 0"),

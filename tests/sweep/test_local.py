@@ -1,5 +1,6 @@
 """The whole way on tiny models, from outside: a sweep that is killed, run again, extended and broken."""
 
+import contextlib
 import csv
 import json
 import os
@@ -7,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -40,7 +42,12 @@ def measured(path, *overrides):
 
 
 def children_of(pid):
-    return subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True).stdout.split()
+    children = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            parent = stat.read_text().rpartition(")")[2].split()[1]
+            children += [stat.parent.name] * (parent == str(pid))
+    return children
 
 
 def wait_for(condition, process):
