@@ -240,7 +240,7 @@ def quality_figure(summary: Summary) -> Any:
         figure.add_scatter(x=x, y=y, mode="lines", line=line, hoverinfo="skip", meta={"size": size.name})
         for point in curve:
             _add_final(figure, summary, point)
-        _write(figure, size.name, x[-1], y[-1], xanchor="left", xshift=12)
+        _write(figure, size.name, x[-1], y[-1], xanchor="left", xshift=6, yanchor="bottom", yshift=4)
     return figure
 
 
