@@ -47,6 +47,7 @@ BASES: dict[str, Fields] = {
     "tiny-s": _base(1, _transformer(8, 1), _transformer(32, 2), head_dim=32),
     "tiny-m": _base(1, _transformer(16, 1), _transformer(64, 2), head_dim=32),
     "tiny-l": _base(1, _transformer(32, 1), _transformer(96, 3), head_dim=32),
+    "tiny-xl": _base(1, _transformer(32, 1), _transformer(128, 4), head_dim=32),
     # The paper's two-level base model for 32 × 32 latents; 6 and 16 are read as total blocks.
     "imagenet512": _base(1, _transformer(512, 6, dropout=0.1), _transformer(1024, 16, dropout=0.1)),
 }
