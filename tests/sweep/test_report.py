@@ -11,7 +11,7 @@ from PIL import Image
 from rich.console import Console
 
 from ul_scale.evaluate.images import save_grid, save_pairs
-from ul_scale.sweep.charts import colours
+from ul_scale.sweep.chart_data import colours
 from ul_scale.sweep.report import COLUMNS, read_report, summary_table, write_report
 
 BITRATES = {1.7: (0.0359, 16.1, 817), 3: (0.1516, 21.3, 606), 6: (0.2772, 23.2, 518)}

@@ -355,3 +355,13 @@ def caveats(summary: Summary) -> list[str]:
     if len({point.samples_seen for point in summary.finals}) > 1:
         notes.append("Final evaluations differ in training length: compare them at equal compute.")
     return notes
+
+
+def with_spread(point: Point | None) -> str:
+    if point is None:
+        return "–"
+    text = distance_text(point.mean)
+    if point.spread is None:
+        return text
+    decimals = len(text.partition(".")[2])
+    return f"{text} ± {(point.spread[1] - point.spread[0]) / 2:.{decimals}f}"
