@@ -73,7 +73,7 @@ def encode(
 ) -> None:
     """Write the latents of an autoencoder's data into its run directory, for base models.
 
-    Example: `ul-scale encode runs/autoencoder-c3-0123456789 --step 1000`
+    Example: `ul-scale encode runs/autoencoder-c2.7-0123456789 --step 800`
     """
     from ul_scale.evaluate.encode import encode as encode_run
 
@@ -90,8 +90,8 @@ def evaluate(
     """Measure a run: bitrate, PSNR and reconstruction distance, or generation distance; with pictures.
 
     Examples:
-    - `ul-scale evaluate runs/autoencoder-c3-0123456789`
-    - `ul-scale evaluate runs/base-c3-tiny-l-0123456789 --step 400 --step 800 samples=1000`
+    - `ul-scale evaluate runs/autoencoder-c2.7-0123456789`
+    - `ul-scale evaluate runs/base-c2.7-tiny-l-0123456789 --step 125 --step 500 samples=1000`
     """
     import json
 

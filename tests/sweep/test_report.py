@@ -12,12 +12,17 @@ from rich.console import Console
 
 from ul_scale.evaluate.images import save_grid, save_pairs
 from ul_scale.sweep.chart_data import colours
-from ul_scale.sweep.report import COLUMNS, read_report, summary_table, write_report
+from ul_scale.sweep.report import COLUMNS, summary_table, write_report
 
 BITRATES = {1.7: (0.0359, 16.1, 817), 3: (0.1516, 21.3, 606), 6: (0.2772, 23.2, 518)}
 SIZES = {"S": 0.85e6, "M": 4.96e6, "L": 26.2e6}
 FINALS = {1.7: (972, 943, 939), 3: (1204, 1019, 923), 6: (1313, 1046, 938)}
 PNGS = ("compute_vs_quality", "quality_vs_bitrate", "autoencoders", "samples", "reconstructions")
+
+
+def read_report(out_dir):
+    content = json.loads((out_dir / "report.json").read_text())
+    return content["rows"], content["meta"]
 
 
 def discs(n, radius):

@@ -1,13 +1,14 @@
 """Fréchet distance between two sets of features, and reference features that many processes share."""
 
-import os
+import io
 from collections.abc import Callable
 from pathlib import Path
-from uuid import uuid4
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from ul_scale.checkpoint.files import write_atomic
 
 
 def _factor(features: Tensor, which: str) -> tuple[Tensor, Tensor]:
@@ -68,14 +69,8 @@ def cached_features(path: Path, compute: Callable[[], Tensor]) -> Tensor:
         return torch.from_numpy(np.load(path, allow_pickle=False))
     except (FileNotFoundError, EOFError, ValueError):
         features = compute()
+    data = io.BytesIO()
+    np.save(data, features.cpu().numpy(), allow_pickle=False)
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.name}.{uuid4().hex}.tmp")
-    try:
-        with unfinished.open("xb") as file:
-            np.save(file, features.cpu().numpy(), allow_pickle=False)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    write_atomic(path, data.getvalue())
     return features

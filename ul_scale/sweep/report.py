@@ -12,6 +12,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
+from ul_scale.checkpoint.files import write_atomic
 from ul_scale.sweep import pngs
 from ul_scale.sweep.chart_data import Pictures
 from ul_scale.sweep.page import write_page
@@ -48,8 +49,9 @@ def write_report(rows: Sequence[Row], out_dir: Path, *, title: str, meta: dict[s
     rows = [_clean(row, out_dir) for row in rows]
     summary = summarise(rows, str(meta.get("metric", METRIC)))
     meta = meta | {"title": title, "metric": summary.metric, "finding": finding(summary)}
-    _replace(out_dir / "report.json", json.dumps({"rows": rows, "meta": meta}, indent=1, default=str) + "\n")
-    _replace(out_dir / "report.csv", _csv(rows))
+    content = json.dumps({"rows": rows, "meta": meta}, indent=1, default=str) + "\n"
+    write_atomic(out_dir / "report.json", content.encode())
+    write_atomic(out_dir / "report.csv", _csv(rows).encode())
     pictures = {column: _pictures(summary, column, out_dir) for column in PICTURES}
     pngs.compute_png(summary, out_dir / "compute_vs_quality.png")
     pngs.quality_png(summary, out_dir / "quality_vs_bitrate.png")
@@ -57,14 +59,8 @@ def write_report(rows: Sequence[Row], out_dir: Path, *, title: str, meta: dict[s
     for column, name in zip(PICTURES, ("samples.png", "reconstructions.png")):
         if not pngs.pictures_png(summary, pictures[column], out_dir / name):
             (out_dir / name).unlink(missing_ok=True)
-    _replace(out_dir / "report.html", write_page(summary, pictures, title, meta))
+    write_atomic(out_dir / "report.html", write_page(summary, pictures, title, meta).encode())
     return out_dir / "report.html"
-
-
-def read_report(out_dir: Path) -> tuple[list[Row], dict[str, Any]]:
-    """Return the rows and the meta of a report that was written before."""
-    content = json.loads((out_dir / "report.json").read_text())
-    return content["rows"], content["meta"]
 
 
 def summary_table(rows: Sequence[Row], metric: str = METRIC) -> Table:
@@ -98,12 +94,6 @@ def _require(*packages: str) -> None:
             raise ImportError(
                 f"a report needs the package {package}: pip install 'ul-scale[report]'"
             ) from None
-
-
-def _replace(path: Path, text: str) -> None:
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, path)
 
 
 def _clean(row: Row, out_dir: Path) -> Row:
