@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from ul_scale.sweep.ledger import read_rows
+from ul_scale.sweep.local import this_machine
 from ul_scale.sweep.plan import load_sweep, plan_sweep
 
 CLI = [sys.executable, "-m", "ul_scale.cli", "sweep"]
@@ -55,6 +56,20 @@ def wait_for(condition, process):
     while not condition():
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
+
+
+@pytest.mark.parametrize(
+    "visible,count,expected",
+    [(None, 2, ("0", "1")), ("2,5", 2, ("2", "5")), ("0", 0, ()), ("", 0, ())],
+)
+def test_gpus_are_those_that_are_visible(monkeypatch, visible, count, expected):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: count)
+    machine = this_machine()
+    assert machine.gpus == expected and machine.slots == (count or len(os.sched_getaffinity(0)))
+    assert [machine.environment(slot).get("CUDA_VISIBLE_DEVICES") for slot in range(count)] == list(expected)
 
 
 ONE = ("loss_factors=[4.0]", "sizes=[tiny-s]")

@@ -42,7 +42,8 @@ def this_machine(slots: int | None = None) -> Machine:
     """Return one slot per GPU, or without GPUs one per core: two one-thread workers beat a two-thread one."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    gpus = tuple(visible.split(",") if visible else map(str, range(torch.cuda.device_count())))
+    count = torch.cuda.device_count()
+    gpus = tuple(visible.split(",") if visible else map(str, range(count)))[:count]
     slots = slots or len(gpus) or cores
     return Machine(slots, max(1, cores // slots), gpus)
 
