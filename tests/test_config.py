@@ -35,7 +35,7 @@ def test_resolved_config_reads_back_to_the_same_run(tmp_path):
         ("model.size=huge", "model.size is 'huge'; expected one of tiny32, imagenet512"),
         ("kind=video", "kind is 'video'; expected one of autoencoder, base"),
         ("ema.half_lives_samples=[]", "ema.half_lives_samples is []; expected numbers above 0"),
-        ("parallel.engine=ddp", "parallel.engine is 'ddp'; expected 'none' or 'fsdp'"),
+        ("parallel.engine=ddp", "parallel.engine is 'ddp'; expected one of none, fsdp, deepspeed"),
         ("optim.warmup_steps=-5", "optim.warmup_steps is -5; expected 0 or more"),
         ("optim.betas=[0.9]", "optim.betas is [0.9]; expected two numbers"),
         ("model.prior.levels=[]", "levels are 0; expected at least 1"),

@@ -14,6 +14,7 @@ from rich.console import Console  # noqa: E402
 
 from ul_scale.checkpoint.attempts import Fenced, RunBusy  # noqa: E402
 from ul_scale.checkpoint.store import BrokenCheckpoint  # noqa: E402
+from ul_scale.checkpoint_cli import checkpoint_app  # noqa: E402
 
 EXIT_FAILED, EXIT_BAD_INPUT = 1, 2
 
@@ -28,6 +29,7 @@ data_app = typer.Typer(no_args_is_help=True, help="Write and index WebDataset sh
 sweep_app = typer.Typer(no_args_is_help=True, help="Plan, run and report scaling-law sweeps.")
 app.add_typer(data_app, name="data")
 app.add_typer(sweep_app, name="sweep")
+app.add_typer(checkpoint_app, name="checkpoint")
 
 ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file.", show_default=False)]
 Overrides = Annotated[
@@ -37,7 +39,14 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, print
 
 
 @app.command()
-def train(config: ConfigPath, overrides: Overrides = None, dry_run: DryRun = False) -> None:
+def train(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Write a profiler trace of a few steps into the run directory.")
+    ] = False,
+) -> None:
     """Train a run, or go on with it; the same command again continues where it was.
 
     Examples:
@@ -47,12 +56,31 @@ def train(config: ConfigPath, overrides: Overrides = None, dry_run: DryRun = Fal
     """
     from ul_scale.config import load
     from ul_scale.train import worker
+    from ul_scale.train.prepare import describe, prepare
 
     resolved = load(config, overrides)
     if dry_run:
-        print(worker.describe(worker.prepare(resolved)))
+        print(describe(prepare(resolved)))
         return
-    raise typer.Exit(worker.run(resolved))
+    raise typer.Exit(worker.run(resolved, profile=profile))
+
+
+@app.command()
+def stop(
+    run: Annotated[str, typer.Argument(help="Run directory or URL.")],
+    reason: Annotated[str, typer.Option(help="For its log.")] = "",
+) -> None:
+    """Ask a running run to save and end; the command that started it continues it.
+
+    Example: `ul-scale stop runs/autoencoder-c2.7-0123456789`
+    """
+    import getpass
+    import socket
+
+    from ul_scale.checkpoint.files import run_path
+    from ul_scale.train.preemption import request_stop
+
+    print(request_stop(run_path(run), reason or f"by {getpass.getuser()}@{socket.gethostname()}"))
 
 
 @app.command()

@@ -20,7 +20,9 @@ from ul_scale.stages.autoencoder import AutoencoderLoss, AutoencoderModel
 from ul_scale.stages.base import BaseLoss, BaseModel
 from ul_scale.train.ema import EmaConfig
 from ul_scale.train.loop import TrainConfig
+from ul_scale.train.metrics import LogConfig
 from ul_scale.train.optim import OptimConfig
+from ul_scale.train.preemption import PreemptionConfig
 
 METHOD_VERSION = 1
 """Counts in every run's identity; raised when the same config would train to other numbers."""
@@ -45,6 +47,8 @@ class AutoencoderRun:
     ema: EmaConfig
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     checkpoint: CheckpointConfig
+    preemption: PreemptionConfig = field(default_factory=PreemptionConfig, metadata=NOT_IDENTITY)
+    log: LogConfig = field(default_factory=LogConfig, metadata=NOT_IDENTITY)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +59,9 @@ class AutoencoderRef:
     """Run id of a stage-1 run under the same root."""
     step: int
     """Its checkpoint."""
+    on_the_fly: bool = field(default=False, metadata={"legacy": False})
+    """Train on images of ``data.train`` and encode each batch, rather than on latents that are encoded
+    once. Costs the encoder's forward pass, needs no room for latents, and allows augmentation."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +82,8 @@ class BaseRun:
     ema: EmaConfig
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     checkpoint: CheckpointConfig
+    preemption: PreemptionConfig = field(default_factory=PreemptionConfig, metadata=NOT_IDENTITY)
+    log: LogConfig = field(default_factory=LogConfig, metadata=NOT_IDENTITY)
 
 
 RunConfig = AutoencoderRun | BaseRun
@@ -185,6 +194,13 @@ def resolve(values: DictConfig, source: str) -> RunConfig:
 def load(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
     """Read, override, resolve and check a run's config."""
     return resolve(apply_overrides(read_yaml(path), overrides or []), str(path))
+
+
+def loads(text: str, source: str) -> RunConfig:
+    """Resolve and check a run's config from its YAML; ``source`` is named in errors."""
+    values = OmegaConf.create(text)
+    assert isinstance(values, DictConfig)
+    return resolve(values, source)
 
 
 def to_yaml(config: Any) -> str:

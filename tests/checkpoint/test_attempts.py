@@ -87,6 +87,19 @@ def test_first_attempt_is_recorded(run_dir: Path):
     assert record_of(attempt)["ended"] is True
 
 
+def test_attempts_tell_what_they_said_last(run_dir: Path):
+    """A torn file says nothing; an attempt that changes its mind, or its run, is read anew."""
+    assert attempts.read_attempts(run_dir) == {}
+    fake_attempt(run_dir)
+    (run_dir / "attempts/2.json").write_bytes(b'{"att')
+    assert {n: said.get("resumes_from", "") for n, said in attempts.read_attempts(run_dir).items()} == {
+        1: None,
+        2: "",
+    }
+    fake_attempt(run_dir, resumes_from=40)
+    assert attempts.read_attempts(run_dir)[1]["resumes_from"] == 40
+
+
 def test_an_ended_attempt_is_followed_at_once(run_dir: Path):
     start_attempt(run_dir).close()
     lines: list[str] = []

@@ -532,6 +532,51 @@ def test_retention(run_dir: Path, dead: None):
         store.clean(run_dir, attempt, keep_last=0)
 
 
+def test_multiples_stay(run_dir: Path, dead: None):
+    attempt = begin(run_dir)
+    for step in range(10, 80, 10):
+        save(run_dir, attempt, step)
+        store.clean(run_dir, attempt, keep_last=1, keep_steps=[10], keep_every_steps=30)
+    assert store.complete_steps(run_dir) == [10, 30, 60, 70]
+
+
+def test_the_format_of_other_shards_is_said(run_dir: Path, dead: None):
+    attempt = begin(run_dir)
+    for step, options in ((10, {}), (20, {"format": "deepspeed"})):
+        directory = store.checkpoint_dir(run_dir, step, attempt.number)
+        write_shards(directory, step)
+        store.commit(run_dir, step, attempt, store.hash_files(directory), **options)
+    assert [store.read_commit(run_dir, step).format for step in (10, 20)] == ["dcp", "deepspeed"]
+    assert "format" not in json.loads(commit_file(run_dir, 10).read_text())
+    store.verify(run_dir, 20)
+
+
+def test_a_complete_checkpoint_is_replaced_in_one_instant(run_dir: Path, dead: None):
+    save(run_dir, begin(run_dir), 10)
+    second = begin(run_dir, 10)
+    directory = store.checkpoint_dir(run_dir, 10, 2, replaces=True)
+    write_shards(directory, 10)
+    check_reader(run_dir, 10)
+    store.commit(run_dir, 10, second, store.hash_files(directory), replaces=True)
+    assert store.shard_dir(run_dir, 10) == directory
+    with pytest.raises(FileExistsError):
+        store.checkpoint_dir(run_dir, 10, 2, replaces=True)
+    store.clean(run_dir, second, keep_last=1)
+    assert sorted(os.listdir(directory.parent)) == ["COMMIT", "a2"]
+    check_reader(run_dir, 10)
+
+
+def test_ranks_share_out_the_verification(run_dir: Path, dead: None):
+    attempt = begin(run_dir)
+    save(run_dir, attempt, 10)
+    path = store.shard_dir(run_dir, 10) / SHARDS[1]
+    path.write_bytes(b"X" + path.read_bytes()[1:])
+    store.verify(run_dir, 10, part=(0, 2))
+    with pytest.raises(BrokenCheckpoint, match=f"{path} has sha256"):
+        store.verify(run_dir, 10, part=(1, 2))
+    store.verify(run_dir, 10, part=(2, 3))
+
+
 def test_a_damaged_newest_checkpoint_replaces_none(run_dir: Path, dead: None):
     attempt = begin(run_dir)
     for step in (10, 20, 30):
@@ -639,6 +684,8 @@ def test_success(run_dir: Path, dead: None):
     [
         ({"every_steps": 0}, "checkpoint.every_steps must be at least 1, got 0"),
         ({"every_steps": 1, "keep_last": 0}, "checkpoint.keep_last must be at least 1, got 0"),
+        ({"every_steps": 1, "upload_attempts": 0}, "checkpoint.upload_attempts must be at least 1, got 0"),
+        ({"every_steps": 4, "keep_every_steps": 6}, "a multiple of every_steps, 4, got 6"),
         ({"every_steps": 1, "keep_steps": [5, 0]}, "checkpoint.keep_steps .* got \\[5, 0\\]"),
     ],
 )

@@ -6,7 +6,7 @@ import torch
 from templates import AUTOENCODER, BASE
 
 from ul_scale import config as configs
-from ul_scale.checkpoint import state
+from ul_scale.checkpoint import state, store
 from ul_scale.evaluate.encode import encode
 from ul_scale.evaluate.metrics import EvaluationConfig, evaluate, held_out_bits, read_evaluation
 from ul_scale.evaluate.restore import restore_autoencoder
@@ -73,7 +73,7 @@ def test_evaluations_do_not_depend_on_the_batch_size(autoencoder):
 def test_evaluation_uses_the_average_and_not_the_last_weights(autoencoder):
     _, stage = restore_autoencoder(autoencoder, 3)
     average, last = ({name: torch.empty_like(p) for name, p in stage.named_parameters()} for _ in range(2))
-    state.load({"ema": {"40": average}, "model": last}, autoencoder, 3)
+    state.load({"ema": {"40": average}, "model": last}, store.shard_dir(autoencoder, 3))
     assert all(torch.equal(p, average[name]) for name, p in stage.named_parameters())
     assert any(not torch.equal(p, last[name]) for name, p in stage.named_parameters())
 

@@ -30,3 +30,14 @@ def test_cosine_over_everything():
 def test_bad_values_are_refused(change):
     with pytest.raises(ValueError, match=f"optim.{next(iter(change))}"):
         OptimConfig(**change)
+
+
+def test_warm_up_stable_decay_shapes():
+    linear = rates(OptimConfig(lr=1.0, warmup_steps=0, decay_fraction=0.2, decay_shape="linear"))
+    assert (
+        set(linear[:81]) == {1.0} and linear[90] == pytest.approx(0.5) and linear[99] == pytest.approx(0.05)
+    )
+    sqrt = rates(OptimConfig(lr=1.0, warmup_steps=0, decay_fraction=0.2, decay_shape="sqrt"))
+    assert sqrt[85] == pytest.approx(0.5)
+    with pytest.raises(ValueError, match="decay_shape is 'exp'; expected one of cosine, linear, sqrt"):
+        OptimConfig(decay_shape="exp")

@@ -20,11 +20,18 @@ from ul_scale.checkpoint.files import (
     create_exclusive,
     decode,
     encode,
+    is_local,
     list_names,
+    list_versions,
     make_dirs,
     read,
+    read_all,
     write_atomic,
 )
+
+_NAME = re.compile(r"\d+\.json")
+# What the attempts of runs in buckets said, and the version that was read.
+_seen: dict[str, tuple[str, dict[str, Any]]] = {}
 
 
 class RunBusy(RuntimeError):
@@ -42,7 +49,23 @@ def attempt_path(run_dir: Path, number: int) -> Path:
 def attempt_numbers(run_dir: Path) -> list[int]:
     """Return the numbers of all attempts, ascending."""
     names = list_names(run_dir / "attempts")
-    return sorted(int(name[:-5]) for name in names if re.fullmatch(r"\d+\.json", name))
+    return sorted(int(name[:-5]) for name in names if _NAME.fullmatch(name))
+
+
+def read_attempts(run_dir: Path) -> dict[int, dict[str, Any]]:
+    """Return what each attempt's file says, by its number.
+
+    A run that is preempted a lot has hundreds of them, of which only the newest changes: in a bucket,
+    those that are as they were are not read again.
+    """
+    versions = list_versions(run_dir / "attempts")
+    paths = {int(name[:-5]): run_dir / "attempts" / name for name in versions if _NAME.fullmatch(name)}
+    changed = [n for n, path in paths.items() if _seen.get(str(path), ("",))[0] != versions[path.name]]
+    fresh = {n: decode(data) for n, data in zip(changed, read_all(paths[n] for n in changed))}
+    for n, record in fresh.items():
+        if (version := versions[paths[n].name]) is not None:
+            _seen[str(paths[n])] = version, record
+    return {n: fresh[n] if n in fresh else _seen[str(path)][1] for n, path in sorted(paths.items())}
 
 
 class Attempt:
@@ -196,7 +219,7 @@ def start_attempt(
     ``timeout_s`` on our own clock, for the clocks of two hosts need not agree.
 
     Args:
-        run_dir: the run's directory, made if need be.
+        run_dir: the run's directory, made if need be; local or in a bucket.
         timeout_s: patience with a heartbeat, in seconds.
         heartbeat_s: seconds between this attempt's own heartbeats.
         log: takes one line for a person.
@@ -204,6 +227,7 @@ def start_attempt(
     Raises:
         RunBusy: another process is alive and writes to this run.
         ValueError: if one missed heartbeat would already exceed the timeout.
+        OSError: the directory cannot be written to, or its store has no exclusive create.
     """
     if timeout_s <= 2 * heartbeat_s:
         raise ValueError(f"timeout_s must exceed two heartbeats: got {timeout_s:g} s, {heartbeat_s:g} s")
@@ -223,4 +247,9 @@ def start_attempt(
         }
         path = attempt_path(run_dir, newest + 1)
         if create_exclusive(path, encode(record)):
+            if not is_local(path) and create_exclusive(path, encode(record | {"ended": True})):
+                raise OSError(
+                    f"{path} could be created twice: this store ignores conditional writes (If-None-Match),"
+                    " without which two processes could write to one run"
+                )
             return Attempt(path, record, heartbeat_s, log)

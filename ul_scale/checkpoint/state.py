@@ -1,6 +1,10 @@
-"""Sharded save and load of a training state with torch.distributed.checkpoint, inside the commit protocol."""
+"""Sharded reading and writing of a training state with torch.distributed.checkpoint, on local files."""
 
+import os
+import socket
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,50 +13,88 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.api import CheckpointException
 
-from ul_scale.checkpoint import store
-from ul_scale.checkpoint.attempts import Attempt
+from ul_scale.checkpoint import store, transfer
+from ul_scale.checkpoint.files import is_local
 
 # One process needs no process group; torch says so at every save.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
 
-def save(state: dict[str, Any], run_dir: Path, step: int, attempt: Attempt | None, number: int) -> None:
-    """Write the state of all ranks and commit it; returns on every rank after the commit.
+def write(state: dict[str, Any], directory: Path, group: dist.ProcessGroup | None = None) -> None:
+    """Write this rank's shards of a state and, on rank 0, their layout; collective over ``group``.
 
     Args:
         state: nested dicts of tensors, sharded tensors and numbers; the same keys on every rank.
-        run_dir: the run's directory.
-        step: completed steps.
-        attempt: rank 0's attempt; None on the others.
-        number: the attempt's number.
+        directory: local; each rank may have its own.
+        group: of a CPU backend, used by nobody else meanwhile.
     """
-    directory = store.checkpoint_dir(run_dir, step, number, create=attempt is not None)
-    if dist.is_initialized():
-        dist.barrier()
     writer = FileSystemWriter(directory, single_file_per_rank=True, sync_files=True)
-    dcp.save(state, storage_writer=writer, no_dist=not dist.is_initialized())
-    files = store.hash_files(directory, prefixes=(f"__{dist.get_rank() if dist.is_initialized() else 0}_",))
+    dcp.save(state, storage_writer=writer, process_group=group, no_dist=not dist.is_initialized())
+
+
+def own_files(directory: Path) -> tuple[str, ...]:
+    """Return the beginnings of the names of this rank's files in a directory that all ranks write to."""
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    return (f"__{rank}_", ".metadata") if rank == 0 else (f"__{rank}_",)
+
+
+@contextmanager
+def local_copy(run_dir: Path, step: int, scratch: str | None = None) -> Iterator[Path]:
+    """Give a local directory with the files of a complete checkpoint, each compared with its hash in COMMIT.
+
+    A bucket's are downloaded, once per host, and removed afterwards. Collective if there are several ranks,
+    so that a file that one of them finds broken is broken for all.
+
+    Raises:
+        BrokenCheckpoint: naming the first file that is missing or differs.
+    """
+    commit = store.read_commit(run_dir, step)
+    rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    if is_local(run_dir):
+        _agree(lambda: store.verify(run_dir, step, part=(rank, size)))
+        yield store.shard_dir(run_dir, step)
+        return
+    with transfer.scratch(scratch) as own:
+        first_here = int(os.environ.get("LOCAL_RANK", 0)) == 0
+
+        def download() -> str | None:
+            if not first_here:
+                return None
+            transfer.download(store.shard_dir(run_dir, step), own, commit.files)
+            return str(own)
+
+        path = _agree(download)
+        yield Path(path)
+        if size > 1:
+            dist.barrier()  # others of this host may still be reading
+
+
+def _agree(work: Any) -> Any:
+    """Do this rank's part; return what the first rank of this host returned, or raise on all ranks."""
+    result, error = None, None
+    try:
+        result = work()
+    except (store.BrokenCheckpoint, OSError) as caught:
+        error = caught
     if dist.is_initialized():
-        gathered: list[dict[str, Any]] = [{}] * dist.get_world_size()
-        dist.all_gather_object(gathered, files)
-        files = {name: entry for part in gathered for name, entry in part.items()}
-    if attempt is not None:
-        files |= store.hash_files(directory, prefixes=(".metadata",))
-        store.commit(run_dir, step, attempt, files)
-    if dist.is_initialized():
-        dist.barrier()
+        host = socket.gethostname()
+        outcomes: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(outcomes, (host, result, error))
+        error = next((e for _, _, e in outcomes if e is not None), None)
+        result = next((r for h, r, _ in outcomes if h == host and r is not None), None)
+    if error is not None:
+        raise error
+    return result
 
 
-def load(state: dict[str, Any], run_dir: Path, step: int) -> None:
-    """Load a committed checkpoint into the tensors of ``state``, at any world size.
+def load(state: dict[str, Any], directory: Path) -> None:
+    """Load shards into the tensors of ``state``, at any world size.
 
-    torch keeps the layout of a checkpoint in a pickle: call ``store.verify`` first, which compares every
-    file with the hashes in COMMIT.
+    torch keeps the layout of a checkpoint in a pickle: only what ``local_copy`` gave may be loaded.
 
     Raises:
         BrokenCheckpoint: if a tensor is missing or of another shape.
     """
-    directory = store.shard_dir(run_dir, step)
     try:
         reader = FileSystemReader(directory)
         dcp.load(state, storage_reader=reader, no_dist=not dist.is_initialized())

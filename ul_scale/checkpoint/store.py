@@ -7,40 +7,38 @@ a newer one resumed from, because it came too late or could not be loaded.
 
 Only the newest attempt removes, and COMMIT goes before the shards. So whenever a kill comes, the newest
 complete checkpoint stands, and what is left lying about is found and removed by ``clean``.
+
+In a bucket every look is a request, so nothing is asked for twice where once will do; the order of what
+is read and written is the same as on a disk, and so are the promises.
 """
 
-import hashlib
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypedDict
 
-from ul_scale.checkpoint.attempts import Attempt, attempt_numbers, attempt_path
+from ul_scale.checkpoint.attempts import Attempt, read_attempts
 from ul_scale.checkpoint.files import (
     TEMP_SUFFIX,
     create_exclusive,
     decode,
     encode,
+    is_local,
     list_names,
     make_dirs,
     read,
+    read_all,
     remove_if,
     remove_if_empty,
     remove_tree,
+    sizes,
     sync,
     write_atomic,
 )
+from ul_scale.checkpoint.transfer import BrokenCheckpoint, FileInfo, describe, wrong_hash, wrong_size
 
-
-class BrokenCheckpoint(RuntimeError):
-    """A file of a checkpoint is missing, or is not the one that was saved."""
-
-
-class FileInfo(TypedDict):
-    size: int
-    sha256: str
+FORMATS = ("dcp", "deepspeed")
 
 
 @dataclass(frozen=True)
@@ -50,6 +48,8 @@ class Commit:
     attempt: int
     step: int
     files: dict[str, FileInfo]
+    format: str = "dcp"
+    """Of the shards: ``dcp`` (torch.distributed.checkpoint), which COMMIT leaves unsaid, or ``deepspeed``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,11 +60,24 @@ class CheckpointConfig:
     """How many of the newest checkpoints stay; with 1, a damaged one has nothing behind it."""
     keep_steps: list[int] = field(default_factory=list, metadata={"identity": False})
     """Completed steps whose checkpoints stay for good."""
+    keep_every_steps: int | None = field(default=None, metadata={"identity": False})
+    """Checkpoints at multiples of so many steps stay for good; a multiple of every_steps."""
+    scratch: str | None = field(default=None, metadata={"identity": False})
+    """Local folder for files on their way to or from a bucket; default the system's for temporary files."""
+    upload_attempts: int = field(default=5, metadata={"identity": False})
+    """How often each file is sent to a bucket before the save counts as failed."""
+    upload_budget_s: float = field(default=1800.0, metadata={"identity": False})
+    """Seconds after which no file of a save is sent once more."""
 
     def __post_init__(self) -> None:
-        for name in ("every_steps", "keep_last"):
+        for name in ("every_steps", "keep_last", "upload_attempts", "upload_budget_s"):
             if getattr(self, name) < 1:
                 raise ValueError(f"checkpoint.{name} must be at least 1, got {getattr(self, name)}")
+        every, keep_every = self.every_steps, self.keep_every_steps
+        if keep_every is not None and (keep_every < 1 or keep_every % every):
+            raise ValueError(
+                f"checkpoint.keep_every_steps must be a multiple of every_steps, {every}, got {keep_every}"
+            )
         if any(step < 1 for step in self.keep_steps):
             raise ValueError(f"checkpoint.keep_steps must be steps from 1 on, got {list(self.keep_steps)}")
 
@@ -84,25 +97,30 @@ def _steps(run_dir: Path) -> list[int]:
 def _parse(data: bytes | None) -> Commit | None:
     value = decode(data)
     try:
-        return Commit(int(value["attempt"]), int(value["step"]), dict(value["files"]))
+        return Commit(
+            int(value["attempt"]), int(value["step"]), dict(value["files"]), str(value.get("format", "dcp"))
+        )
     except (KeyError, TypeError, ValueError):
         return None
 
 
 def _resume_points(run_dir: Path) -> dict[int, int]:
     """Return the step that each attempt resumed from, leaving out those that never came to decide."""
-    records = {n: decode(read(attempt_path(run_dir, n))) for n in attempt_numbers(run_dir)}
-    return {
-        n: record["resumes_from"] for n, record in records.items() if record.get("resumes_from") is not None
-    }
+    points = {n: record.get("resumes_from") for n, record in read_attempts(run_dir).items()}
+    return {n: step for n, step in points.items() if step is not None}
 
 
 def _is_void(commit: Commit, resume_points: dict[int, int]) -> bool:
     return any(n > commit.attempt and step < commit.step for n, step in resume_points.items())
 
 
-def _complete(run_dir: Path) -> dict[int, Commit]:
-    found = {step: _parse(read(_step_dir(run_dir, step) / "COMMIT")) for step in _steps(run_dir)}
+def _complete(run_dir: Path, steps: Iterable[int] | None = None) -> dict[int, Commit]:
+    """Return the complete checkpoints, or those of them that are asked for."""
+    steps = list(_steps(run_dir) if steps is None else steps)
+    commits = read_all(_step_dir(run_dir, step) / "COMMIT" for step in steps)
+    found = {step: _parse(data) for step, data in zip(steps, commits)}
+    if not any(found.values()):
+        return {}
     points = _resume_points(run_dir)
     return {step: commit for step, commit in found.items() if commit and not _is_void(commit, points)}
 
@@ -119,12 +137,11 @@ def latest_step(run_dir: Path) -> int | None:
 
 def read_commit(run_dir: Path, step: int) -> Commit:
     """Return a complete checkpoint's COMMIT; raise ``FileNotFoundError`` if there is none at this step."""
-    complete = _complete(run_dir)
-    if step not in complete:
-        raise FileNotFoundError(
-            f"{run_dir} has no complete checkpoint at step {step}; complete: {list(complete) or 'none'}"
-        )
-    return complete[step]
+    if commit := _complete(run_dir, [step]).get(step):
+        return commit
+    raise FileNotFoundError(
+        f"{run_dir} has no complete checkpoint at step {step}; complete: {complete_steps(run_dir) or 'none'}"
+    )
 
 
 def shard_dir(run_dir: Path, step: int) -> Path:
@@ -132,55 +149,44 @@ def shard_dir(run_dir: Path, step: int) -> Path:
     return _shards(run_dir, read_commit(run_dir, step))
 
 
-def _describe(path: Path) -> FileInfo:
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return {"size": file.tell(), "sha256": digest}
-
-
 def hash_files(directory: Path, prefixes: tuple[str, ...] = ("",)) -> dict[str, FileInfo]:
     """Flush the files below a directory to disk; return size and checksum of each by its relative path.
 
     Only of paths that begin with one of the prefixes: so every rank can do its own.
     """
-    paths = {path.relative_to(directory).as_posix(): path for path in sorted(directory.rglob("*"))}
-    paths = {name: path for name, path in paths.items() if name.startswith(prefixes) and path.is_file()}
-    for path in paths.values():
-        sync(path)
+    names = [name for name in sizes(directory) if name.startswith(prefixes)]
+    for name in names:
+        sync(directory / name)
     with ThreadPoolExecutor(4) as pool:  # hashlib lets other threads run meanwhile.
-        return dict(zip(paths, pool.map(_describe, paths.values())))
+        return dict(zip(names, pool.map(describe, [directory / name for name in names])))
 
 
 def _shards(run_dir: Path, commit: Commit) -> Path:
     return _step_dir(run_dir, commit.step) / f"a{commit.attempt}"
 
 
-def _wrong_size(run_dir: Path, commit: Commit) -> str | None:
-    """Return a line about the first file that is missing, cut short or too long, None if all are right."""
-    for name, info in commit.files.items():
-        path = _shards(run_dir, commit) / name
-        found = path.stat().st_size if path.is_file() else None
-        if found != info["size"]:
-            what = "is missing" if found is None else f"has {found} bytes"
-            return f"{path} {what}, expected {info['size']} bytes"
-    return None
-
-
-def verify(run_dir: Path, step: int) -> None:
+def verify(run_dir: Path, step: int, part: tuple[int, int] = (0, 1)) -> None:
     """Compare every file of a complete checkpoint with what was saved.
+
+    Args:
+        run_dir: the run's directory.
+        step: completed steps.
+        part: read only the k-th of n shares of the files, given as (k, n); sizes are compared in any case.
 
     Raises:
         BrokenCheckpoint: naming the first file that is missing or differs.
         FileNotFoundError: there is no complete checkpoint at this step.
     """
     commit = read_commit(run_dir, step)
-    if fault := _wrong_size(run_dir, commit):
+    directory = _shards(run_dir, commit)
+    if fault := wrong_size(directory, commit.files):
         raise BrokenCheckpoint(fault)
-    paths = [_shards(run_dir, commit) / name for name in commit.files]
+    files = dict(list(commit.files.items())[part[0] :: part[1]])
+    paths = [directory / name for name in files]
     with ThreadPoolExecutor(4) as pool:
-        for path, expected, found in zip(paths, commit.files.values(), pool.map(_describe, paths)):
-            if found != expected:
-                raise BrokenCheckpoint(f"{path} has sha256 {found['sha256']}, expected {expected['sha256']}")
+        for path, expected, found in zip(paths, files.values(), pool.map(describe, paths)):
+            if fault := wrong_hash(path, found, expected):
+                raise BrokenCheckpoint(fault)
 
 
 # Writing, by the newest attempt only --------------------------------------------------------------
@@ -208,10 +214,13 @@ def adopt(run_dir: Path, attempt: Attempt, resumes_from: int) -> None:
             _strip(run_dir, step, attempt, valid_too=False, own=True)
 
 
-def checkpoint_dir(run_dir: Path, step: int, number: int, *, create: bool = True) -> Path:
+def checkpoint_dir(
+    run_dir: Path, step: int, number: int, *, create: bool = True, replaces: bool = False
+) -> Path:
     """Return the directory for an attempt's shards of a step, which ``commit`` will make a checkpoint of.
 
-    One process creates it, empty; the others only ask for its name.
+    One process creates it, empty; the others only ask for its name. With ``replaces``, beside the shards
+    of a complete checkpoint that an older attempt wrote.
 
     Raises:
         FileExistsError: the step is complete already.
@@ -221,37 +230,52 @@ def checkpoint_dir(run_dir: Path, step: int, number: int, *, create: bool = True
     if create:
         if number not in _resume_points(run_dir):
             raise ValueError(f"{run_dir}: attempt {number} must adopt a step, or 0, before it saves one")
-        if step in _complete(run_dir):
+        done = _complete(run_dir, [step]).get(step)
+        if done and not (replaces and done.attempt < number):
             raise FileExistsError(f"{path.parent} is complete already")
         remove_tree(path)
         make_dirs(path)
     return path
 
 
-def commit(run_dir: Path, step: int, attempt: Attempt, files: dict[str, FileInfo]) -> None:
+def commit(
+    run_dir: Path,
+    step: int,
+    attempt: Attempt,
+    files: dict[str, FileInfo],
+    *,
+    format: str = "dcp",
+    replaces: bool = False,
+) -> None:
     """Make the shards in ``checkpoint_dir`` a complete checkpoint, in one instant.
 
     Args:
         run_dir: the run's directory.
         step: completed steps.
         attempt: who saved them.
-        files: what ``hash_files`` said of them, gathered from all ranks.
+        files: what ``hash_files`` or ``transfer.upload`` said of them, gathered from all ranks.
+        format: of the shards, one of ``FORMATS``.
+        replaces: put the same state in place of a complete checkpoint, in another format.
 
     Raises:
         Fenced: the run was taken over; what this attempt saves no longer counts.
         BrokenCheckpoint: a file is not there in full.
         FileExistsError: the step is complete already.
     """
+    assert format in FORMATS, format
     shards = checkpoint_dir(run_dir, step, attempt.number, create=False)
-    fault = _wrong_size(run_dir, Commit(attempt.number, step, files))
-    if not fault:
+    fault = wrong_size(shards, files)
+    if not fault and is_local(shards):
         for directory in {shards / parent for name in files for parent in Path(name).parents}:
             sync(directory)
     attempt.require_newest(f"commit step {step}")
     if fault or not files:
         raise BrokenCheckpoint(fault or f"{shards} has no files to commit")
-    path, data = shards.parent / "COMMIT", encode({"attempt": attempt.number, "step": step, "files": files})
-    while not create_exclusive(path, data):
+    said = {"attempt": attempt.number, "step": step, "files": files}
+    path, data = shards.parent / "COMMIT", encode(said if format == "dcp" else said | {"format": format})
+    if replaces:
+        write_atomic(path, data)
+    while not replaces and not create_exclusive(path, data):
         if _drop_commit(run_dir, step, attempt):
             raise FileExistsError(f"{path.parent} is complete already")
     # Again, for writing takes time: whoever gets past here is seen by every later attempt.
@@ -289,12 +313,19 @@ def discard(run_dir: Path, step: int, attempt: Attempt) -> None:
     _strip(run_dir, step, attempt, valid_too=True, own=True)
 
 
-def clean(run_dir: Path, attempt: Attempt, keep_last: int, keep_steps: Collection[int] = ()) -> None:
+def clean(
+    run_dir: Path,
+    attempt: Attempt,
+    keep_last: int,
+    keep_steps: Collection[int] = (),
+    keep_every_steps: int | None = None,
+) -> None:
     """Remove the checkpoints that are no longer wanted, and what kills have left lying about.
 
-    A checkpoint goes once ``keep_last`` newer ones are complete, with every file in place. Shards without
-    COMMIT go if an older attempt wrote them, or if this one has completed a later step since: a save may
-    be under way meanwhile, but not its ``commit``.
+    A checkpoint goes once ``keep_last`` newer ones are complete, with every file in place, unless its step
+    is one of ``keep_steps`` or a multiple of ``keep_every_steps``. Shards without COMMIT go if an older
+    attempt wrote them, or if this one has completed a later step since: a save may be under way meanwhile,
+    but not its ``commit``.
 
     Raises:
         Fenced: the run was taken over.
@@ -302,16 +333,32 @@ def clean(run_dir: Path, attempt: Attempt, keep_last: int, keep_steps: Collectio
     """
     if keep_last < 1 or attempt.resumes_from is None:
         raise ValueError(f"clean needs keep_last >= 1 and an adopted step, got {keep_last=}")
+    attempt.require_newest("clean")
     complete = _complete(run_dir)
-    whole = [step for step, commit in complete.items() if not _wrong_size(run_dir, commit)]
-    oldest_kept = whole[-keep_last] if len(whole) >= keep_last else 0
+    oldest_kept = _oldest_kept(run_dir, complete, keep_last)
     newest = max(complete, default=0)
     for step in _steps(run_dir):
-        unwanted = step in complete and step < oldest_kept and step not in keep_steps
+        for_good = step in keep_steps or (keep_every_steps is not None and step % keep_every_steps == 0)
+        unwanted = step in complete and step < oldest_kept and not for_good
+        # Most stay and hold nothing that has to go; to find that out takes one look.
+        if step in complete and not unwanted:
+            tidy = {"COMMIT", f"a{complete[step].attempt}"}
+            if set(list_names(_step_dir(run_dir, step))) == tidy:
+                continue
         _strip(run_dir, step, attempt, valid_too=unwanted, own=step < newest)
     for name in list_names(run_dir / "attempts"):
         if name.endswith(TEMP_SUFFIX) and int(name.split(".")[1]) < attempt.number:
             remove_tree(run_dir / "attempts" / name)
+
+
+def _oldest_kept(run_dir: Path, complete: dict[int, Commit], keep_last: int) -> int:
+    """Return the step of the oldest of the newest ``keep_last`` checkpoints that have every file, or 0."""
+    whole = 0
+    for step, commit in sorted(complete.items(), reverse=True):
+        whole += not wrong_size(_shards(run_dir, commit), commit.files)
+        if whole == keep_last:
+            return step
+    return 0
 
 
 # The end ------------------------------------------------------------------------------------------

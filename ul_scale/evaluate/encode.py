@@ -12,7 +12,7 @@ from ul_scale.data.latents import LatentWriter
 from ul_scale.data.stream import iterate
 from ul_scale.evaluate.restore import newest_step, restore_autoencoder
 from ul_scale.stages.autoencoder import AutoencoderStage
-from ul_scale.train.worker import latents_dir
+from ul_scale.train.prepare import latents_dir
 
 BATCH_SIZE = 100
 

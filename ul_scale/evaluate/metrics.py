@@ -22,9 +22,9 @@ from ul_scale.diffusion import losses
 from ul_scale.evaluate import images
 from ul_scale.evaluate.features import extract_features, load_network
 from ul_scale.evaluate.frechet import cached_features, frechet_distance, reference_path
-from ul_scale.evaluate.restore import read_run, restore_autoencoder, restore_base
+from ul_scale.evaluate.restore import restore_autoencoder, restore_base
 from ul_scale.stages.autoencoder import AutoencoderStage
-from ul_scale.train.worker import latents_dir
+from ul_scale.train.prepare import latents_dir, read_config
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +71,7 @@ def evaluate(run_dir: Path, step: int, config: EvaluationConfig) -> dict[str, An
         ValueError: if the run has no held-out data, or fewer held-out images than asked for.
     """
     run_dir = run_dir.resolve()
-    run = read_run(run_dir)
+    run = read_config(run_dir)
     done = read_evaluation(run_dir, step, config)
     if done is not None:
         return done
@@ -145,14 +145,22 @@ def _evaluate_base(run_dir: Path, step: int, config: EvaluationConfig, out_dir: 
         if start == 0:
             images.save_grid(x[:40].cpu(), out_dir / "samples.png", columns=10)
     reference = reference_features(run_dir.parent, index, parent, config, network)
-    latents = open_index(str(latents_dir(str(run_dir.parent), parent_ref.run, parent_ref.step, "val")))
-    if latents.extra["source"] != index.identity:
-        raise ValueError(
-            f"{latents.url}: was encoded from {latents.extra['source']}, data.val is {index.identity}"
+    latents: Iterator[tuple[int, Any]]
+    if parent_ref.on_the_fly:
+        latents = (
+            (start, batch | {"z_clean": autoencoder.encode(batch["x"].to(device))})
+            for start, batch in batches(index, parent, config)
         )
+    else:
+        encoded = open_index(str(latents_dir(run_dir.parent, parent_ref.run, parent_ref.step, "val")))
+        if encoded.extra["source"] != index.identity:
+            raise ValueError(
+                f"{encoded.url}: was encoded from {encoded.extra['source']}, data.val is {index.identity}"
+            )
+        latents = batches(encoded, run, config)
     bits = [
         held_out_bits(base, batch["z_clean"].to(device), start, config, batch["label"].to(device))
-        for start, batch in batches(latents, run, config)
+        for start, batch in latents
     ]
     return {
         config.features: frechet_distance(torch.cat(generated), reference),

@@ -1,29 +1,21 @@
 """Load what a finished or running run has learned, for evaluation: one EMA of one checkpoint."""
 
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from ul_scale import config as configs
-from ul_scale.checkpoint import state, store
+from ul_scale.checkpoint import store
+from ul_scale.checkpoint.average import load_average
 from ul_scale.config import AutoencoderRun, BaseRun, RunConfig
 from ul_scale.data.index import open_index
 from ul_scale.stages.autoencoder import AutoencoderStage
 from ul_scale.stages.base import BaseStage
-from ul_scale.train.worker import build_stage, latents_dir
-
-
-def read_run(run_dir: Path) -> RunConfig:
-    """Return the config of a run directory."""
-    if not (run_dir / "config.yaml").is_file():
-        raise ValueError(f"{run_dir}: not a run directory (no config.yaml); expected <root>/<run_id>")
-    return configs.load(run_dir / "config.yaml")
+from ul_scale.train.prepare import build_stage, facts_on_the_fly, latents_dir, read_config
 
 
 def newest_step(run_dir: Path) -> int:
     """Return the step of a run's newest complete checkpoint."""
-    read_run(run_dir)
+    read_config(run_dir)
     step = store.latest_step(run_dir)
     if step is None:
         raise ValueError(f"{run_dir}: no complete checkpoint")
@@ -37,7 +29,7 @@ def restore_autoencoder(run_dir: Path, step: int) -> tuple[AutoencoderRun, Autoe
         ValueError: if it is not an autoencoder's run or has no complete checkpoint at that step.
         BrokenCheckpoint: if a file of it is not the one that was saved.
     """
-    config = read_run(run_dir)
+    config = read_config(run_dir)
     if not isinstance(config, AutoencoderRun):
         raise ValueError(f"{run_dir}: is a base model's run; expected an autoencoder's")
     stage = build_stage(config)
@@ -48,11 +40,15 @@ def restore_autoencoder(run_dir: Path, step: int) -> tuple[AutoencoderRun, Autoe
 
 def restore_base(run_dir: Path, step: int) -> tuple[BaseRun, BaseStage]:
     """Load the first EMA of a base model; as ``restore_autoencoder``."""
-    config = read_run(run_dir)
+    config = read_config(run_dir)
     if not isinstance(config, BaseRun):
         raise ValueError(f"{run_dir}: is an autoencoder's run; expected a base model's")
     parent = config.autoencoder
-    latents = open_index(str(latents_dir(str(run_dir.parent), parent.run, parent.step))).extra
+    if parent.on_the_fly:
+        assert config.data.train is not None
+        latents = facts_on_the_fly(config, open_index(config.data.train), run_dir.parent)
+    else:
+        latents = open_index(str(latents_dir(run_dir.parent, parent.run, parent.step))).extra
     stage = build_stage(config, latents)
     assert isinstance(stage, BaseStage)
     _load_average(stage, config, run_dir, step)
@@ -60,13 +56,5 @@ def restore_base(run_dir: Path, step: int) -> tuple[BaseRun, BaseStage]:
 
 
 def _load_average(stage: torch.nn.Module, config: RunConfig, run_dir: Path, step: int) -> None:
-    steps = store.complete_steps(run_dir)
-    if step not in steps:
-        raise ValueError(f"{run_dir}: no complete checkpoint at step {step}; complete: {steps or 'none'}")
-    store.verify(run_dir, step)
-    half_life = str(config.ema.half_lives_samples[0])
-    average: dict[str, Any] = {name: torch.empty_like(p) for name, p in stage.named_parameters()}
-    buffers = dict(stage.named_buffers())
-    state.load({"ema": {half_life: average}, "model": buffers}, run_dir, step)
-    stage.load_state_dict(average | buffers)
+    load_average(stage, str(config.ema.half_lives_samples[0]), run_dir, step)
     stage.to("cuda" if torch.cuda.is_available() else "cpu").eval().requires_grad_(False)

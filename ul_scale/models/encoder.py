@@ -54,4 +54,8 @@ class Encoder(nn.Module):
         h = self.stem(F.pixel_unshuffle(x, self.patch))
         for block in self.blocks:
             h = block(h)
-        return self.head(F.silu(self.norm(h)))
+        return self.head(F.silu(self.norm(h))).to(x.dtype)
+
+    def ordered_blocks(self) -> list[nn.Module]:
+        """Return the blocks in the order in which they run."""
+        return [block for block in self.blocks if isinstance(block, ResBlock)]

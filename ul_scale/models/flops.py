@@ -5,7 +5,8 @@ and attention count, as in the paper; norms and activations do not.
 """
 
 import copy
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ def forward_flops(module: nn.Module, call: Callable[[nn.Module], object]) -> int
     """Return the FLOPs of one call.
 
     Args:
-        module: the network, on any device; it is not changed.
+        module: the network, on any device, before it is sharded; neither changed nor its weights copied.
         call: runs a copy of the module that is on the meta device, with meta inputs.
     """
     total = 0
@@ -41,13 +42,24 @@ def forward_flops(module: nn.Module, call: Callable[[nn.Module], object]) -> int
         nonlocal total
         total += _layer_flops(layer, inputs, output)
 
-    on_meta = copy.deepcopy(module).to("meta")
+    tensors = itertools.chain(module.parameters(), module.buffers())
+    on_meta = copy.deepcopy(module, {id(tensor): tensor.to("meta") for tensor in tensors})
     handles = [layer.register_forward_hook(count) for layer in on_meta.modules()]
     with torch.no_grad():
         call(on_meta)
     for handle in handles:
         handle.remove()
     return total
+
+
+def meta(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return a batch of one example of a shape, without memory behind it."""
+    return torch.zeros(1, *shape, dtype=dtype, device="meta")
+
+
+def training_flops(forward: Mapping[str, int]) -> int:
+    """Return what training on one example takes, from the forward FLOPs of each network that is trained."""
+    return TRAINING_FACTOR * sum(forward.values())
 
 
 def num_parameters(module: nn.Module) -> int:

@@ -177,4 +177,10 @@ class UViT(nn.Module):
         h = self.middle(self._inject(h, len(self.down), z), cond)
         for up, blocks in zip(reversed(self.up), reversed(self.up_levels)):
             h = blocks(up(h - after_down.pop()) + before_down.pop(), cond)
-        return F.pixel_shuffle(self.head(F.silu(self.norm(h))), self.config.patch)
+        # Under autocast the head gives bf16; losses are computed in the precision of x_t.
+        return F.pixel_shuffle(self.head(F.silu(self.norm(h))), self.config.patch).to(x_t.dtype)
+
+    def ordered_blocks(self) -> list[nn.Module]:
+        """Return the blocks in the order in which they run."""
+        levels = [*self.down_levels, self.middle, *reversed(self.up_levels)]
+        return [block for level in levels for block in level.blocks]

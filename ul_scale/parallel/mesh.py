@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -15,28 +16,54 @@ T = TypeVar("T")
 
 
 @contextmanager
-def distributed() -> Iterator[Process]:
+def distributed(timeout_s: float = 600.0) -> Iterator[Process]:
     """Join the processes that torchrun (or anything that sets its variables) started, or run alone.
 
-    Collectives on CPU tensors use gloo beside NCCL, so that flags never wait for the GPU.
+    Collectives on CPU tensors use gloo beside NCCL, so that flags never wait for the GPU. A process group
+    that the launcher has initialised is used, and left to it.
+
+    Raises:
+        ValueError: if this machine has fewer GPUs than processes.
     """
-    cuda = torch.cuda.is_available()
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
-    if cuda:
+    device = local_device()
+    if device.type == "cuda":
         torch.cuda.set_device(device)
-    if "WORLD_SIZE" not in os.environ:
+        # The flight recorder: when a collective times out, what every rank was at is dumped.
+        os.environ.setdefault("TORCH_NCCL_TRACE_BUFFER_SIZE", "2000")
+        os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
+    if "WORLD_SIZE" not in os.environ and not dist.is_initialized():
         yield Process(rank=0, world_size=1, device=device)
         return
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+    ours = not dist.is_initialized()
+    if ours:
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
     try:
         yield Process(rank=dist.get_rank(), world_size=dist.get_world_size(), device=device)
     finally:
-        dist.destroy_process_group()
+        if ours:
+            dist.destroy_process_group()
 
 
-def data_parallel_mesh(process: Process) -> DeviceMesh:
-    return init_device_mesh(process.device.type, (process.world_size,), mesh_dim_names=("dp_shard",))
+def local_device() -> torch.device:
+    """Return this process's GPU, or the CPU where there is none."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if not count:
+        return torch.device("cpu")
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if local_rank >= count:
+        raise ValueError(
+            f"local rank {local_rank} has no GPU: this machine shows {count}; start at most {count} processes"
+        )
+    return torch.device("cuda", local_rank)
+
+
+def data_parallel_mesh(process: Process, dp_replicate: int = 1) -> DeviceMesh:
+    """Return the mesh ``dp_replicate × dp_shard``, or ``dp_shard`` alone for one replica."""
+    if dp_replicate == 1:
+        return init_device_mesh(process.device.type, (process.world_size,), mesh_dim_names=("dp_shard",))
+    shape = (dp_replicate, process.world_size // dp_replicate)
+    return init_device_mesh(process.device.type, shape, mesh_dim_names=("dp_replicate", "dp_shard"))
 
 
 def broadcast_object(value: T, process: Process) -> T:
@@ -46,3 +73,12 @@ def broadcast_object(value: T, process: Process) -> T:
     box = [value]
     dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
     return box[0]
+
+
+def gather_objects(value: T, process: Process, group: dist.ProcessGroup | None = None) -> list[T]:
+    """Return every rank's value, in order, on rank 0; [] on the others."""
+    if process.world_size == 1:
+        return [value]
+    gathered: list[T | None] | None = [None] * process.world_size if process.rank == 0 else None
+    dist.gather_object(value, gathered, dst=0, group=group)
+    return gathered or []  # type: ignore[return-value]

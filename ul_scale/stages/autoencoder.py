@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from ul_scale.diffusion import losses, samplers
 from ul_scale.diffusion.process import add_noise, v_from_x_eps
-from ul_scale.diffusion.schedule import latent_schedule, pixel_schedule
+from ul_scale.diffusion.schedule import Schedule, latent_schedule, pixel_schedule
 from ul_scale.models.encoder import Encoder, EncoderConfig
+from ul_scale.models.flops import forward_flops, meta
 from ul_scale.models.uvit import UViT, UViTConfig
 from ul_scale.stages.noise import NoiseSpec
 
@@ -103,6 +104,23 @@ class AutoencoderStage(nn.Module):
             times=("prior", "decoder"),
             eps={"z_0": self.latent_shape, "prior": self.latent_shape, "decoder": self.image_shape},
         )
+
+    @property
+    def timed_losses(self) -> dict[str, tuple[str, Schedule]]:
+        """Which loss is drawn at which times, and their schedule."""
+        return {
+            "prior": ("loss/prior", self.latent_schedule),
+            "decoder": ("loss/decoder", self.pixel_schedule),
+        }
+
+    def forward_flops(self) -> dict[str, int]:
+        """Return the forward FLOPs of one example by network."""
+        x, z, log_snr = meta(self.image_shape), meta(self.latent_shape), meta(())
+        return {
+            "encoder": forward_flops(self.encoder, lambda net: net(x)),
+            "prior": forward_flops(self.prior, lambda net: net(z, log_snr)),
+            "decoder": forward_flops(self.decoder, lambda net: net(x, log_snr, z=z)),
+        }
 
     def forward(
         self, batch: Mapping[str, Tensor], noise: Mapping[str, Tensor], step: int

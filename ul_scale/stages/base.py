@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from ul_scale.diffusion import losses, samplers
 from ul_scale.diffusion.process import add_noise, precondition_v, v_from_x_eps
-from ul_scale.diffusion.schedule import latent_schedule
+from ul_scale.diffusion.schedule import Schedule, latent_schedule
+from ul_scale.models.flops import forward_flops, meta
 from ul_scale.models.uvit import UViT, UViTConfig
 from ul_scale.stages.noise import NoiseSpec
 
@@ -50,10 +51,12 @@ class BaseStage(nn.Module):
         latent_shape: (c, h, w) of z_clean.
         num_pixels: pixels of the image that a latent stands for.
         z_std: measured std of z_clean. It scales the network's input and output, nothing else.
+        encoder: of the autoencoder, to encode images on the fly; frozen here, and not part of what is saved.
     """
 
     z_std: Tensor
     net: UViT
+    encoder: nn.Module | None
 
     def __init__(
         self,
@@ -63,6 +66,7 @@ class BaseStage(nn.Module):
         latent_shape: tuple[int, ...],
         num_pixels: int,
         z_std: float,
+        encoder: nn.Module | None = None,
     ):
         super().__init__()
         if latent_shape[-1] % model.net.downsampling:
@@ -75,12 +79,23 @@ class BaseStage(nn.Module):
         self.num_pixels = num_pixels
         self.num_classes = model.num_classes
         self.schedule = latent_schedule(loss.log_snr_max, loss.log_snr_min)
+        self.encoder = encoder.requires_grad_(False) if encoder is not None else None
         self.net = UViT(model.net, latent_shape[0], num_classes=model.num_classes)
         self.register_buffer("z_std", torch.tensor(float(z_std)))
 
     @property
     def noise_spec(self) -> NoiseSpec:
         return NoiseSpec(times=("base",), eps={"base": self.latent_shape})
+
+    @property
+    def timed_losses(self) -> dict[str, tuple[str, Schedule]]:
+        """Which loss is drawn at which times, and their schedule."""
+        return {"base": ("loss", self.schedule)}
+
+    def forward_flops(self) -> dict[str, int]:
+        """Return the forward FLOPs of one example by network that is trained."""
+        z, log_snr, label = meta(self.latent_shape), meta(()), meta((), dtype=torch.long)
+        return {"base": forward_flops(self.net, lambda net: net(z, log_snr, label))}
 
     def denoise(self, z_t: Tensor, log_snr: Tensor, label: Tensor | None) -> Tensor:
         """Return v̂ of z_t in the encoder's units; ``label`` −1 means none."""
@@ -92,7 +107,7 @@ class BaseStage(nn.Module):
     def forward(
         self, batch: Mapping[str, Tensor], noise: Mapping[str, Tensor], step: int
     ) -> dict[str, Tensor]:
-        z_clean = batch["z_clean"]
+        z_clean = batch["z_clean"] if self.encoder is None else self._encode(batch["x"])
         label = torch.where(batch["uniform"] < self.loss.label_dropout, -1, batch["label"])
         v, v_hat = self._predict(z_clean, noise["t/base"], noise["eps/base"], label)
         loss = losses.base_loss(v, v_hat, noise["t/base"], self.schedule, loss_bias=self.loss.loss_bias)
@@ -101,6 +116,11 @@ class BaseStage(nn.Module):
             "loss": losses.bits_per_pixel(loss, self.num_pixels),
             "bits_per_pixel": losses.bits_per_pixel(nats, self.num_pixels),
         }
+
+    @torch.no_grad()
+    def _encode(self, x: Tensor) -> Tensor:
+        assert self.encoder is not None
+        return self.encoder(x)
 
     def _predict(
         self, z_clean: Tensor, t: Tensor, eps: Tensor, label: Tensor | None

@@ -5,10 +5,9 @@ from dataclasses import dataclass
 import torch
 
 from ul_scale.config import AutoencoderRun, BaseRun
-from ul_scale.models.flops import TRAINING_FACTOR, forward_flops, num_parameters
+from ul_scale.models.flops import TRAINING_FACTOR, num_parameters
 from ul_scale.stages.autoencoder import AutoencoderStage
-from ul_scale.stages.base import BaseStage
-from ul_scale.train.worker import build_stage
+from ul_scale.train.prepare import build_stage
 
 
 @dataclass(frozen=True)
@@ -27,10 +26,6 @@ class Cost:
         return TRAINING_FACTOR * self.forward_flops * self.batch_size * steps
 
 
-def _meta(*shape: int) -> torch.Tensor:
-    return torch.zeros(1, *shape, device="meta")
-
-
 def _autoencoder_stage(config: AutoencoderRun) -> AutoencoderStage:
     with torch.device("meta"):
         stage = build_stage(config)
@@ -40,12 +35,9 @@ def _autoencoder_stage(config: AutoencoderRun) -> AutoencoderStage:
 
 def autoencoder_cost(config: AutoencoderRun) -> Cost:
     stage = _autoencoder_stage(config)
-    x, z, log_snr = _meta(*stage.image_shape), _meta(*stage.latent_shape), _meta()
-    encode = forward_flops(stage.encoder, lambda net: net(x))
-    prior = forward_flops(stage.prior, lambda net: net(z, log_snr))
-    decode = forward_flops(stage.decoder, lambda net: net(x, log_snr, z=z))
-    total = encode + prior + decode
-    return Cost(num_parameters(stage), total, config.train.batch_size, encode, decode)
+    flops = stage.forward_flops()
+    total = sum(flops.values())
+    return Cost(num_parameters(stage), total, config.train.batch_size, flops["encoder"], flops["decoder"])
 
 
 def base_cost(config: BaseRun, autoencoder: AutoencoderRun) -> Cost:
@@ -59,7 +51,4 @@ def base_cost(config: BaseRun, autoencoder: AutoencoderRun) -> Cost:
     }
     with torch.device("meta"):
         stage = build_stage(config, latents)
-    assert isinstance(stage, BaseStage)
-    z, log_snr, label = _meta(*parent.latent_shape), _meta(), torch.zeros(1, dtype=torch.long, device="meta")
-    forward = forward_flops(stage.net, lambda net: net(z, log_snr, label))
-    return Cost(num_parameters(stage), forward, config.train.batch_size)
+    return Cost(num_parameters(stage), sum(stage.forward_flops().values()), config.train.batch_size)

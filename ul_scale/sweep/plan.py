@@ -18,7 +18,7 @@ from ul_scale.evaluate.features import load_network
 from ul_scale.evaluate.metrics import EvaluationConfig, held_out, read_evaluation
 from ul_scale.models.zoo import BASES
 from ul_scale.sweep.cost import Cost, autoencoder_cost, base_cost
-from ul_scale.train.worker import prepare
+from ul_scale.train.prepare import prepare
 
 RunT = TypeVar("RunT", AutoencoderRun, BaseRun)
 

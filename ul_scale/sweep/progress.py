@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ul_scale.sweep.plan import Node
-from ul_scale.train.metrics import last_row
+from ul_scale.train.metrics import LOSS, last_row
 
 
 def duration(seconds: float) -> str:
@@ -93,7 +93,9 @@ class Progress:
             row = last_row(node.run_dir) if node.steps else None
             note = ""
             if row:
-                note = f"step {row['step']}/{node.steps}  loss {row['loss']:.3f}"
+                note = f"step {row['step']}/{node.steps}"
+                if row[LOSS] is not None:  # null stands for a loss that was not finite
+                    note += f"  loss {row[LOSS]:.3f}"
             bar = ProgressBar(total=1.0, completed=self._share(node), width=20, pulse=not node.steps)
             table.add_row(node.kind, node.id.split("/")[0], bar, note, duration(time.monotonic() - since))
         elapsed = duration(time.monotonic() - self._since)

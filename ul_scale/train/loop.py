@@ -1,9 +1,6 @@
 """The training loop."""
 
-import math
-import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,10 +10,14 @@ from torch import Tensor
 
 from ul_scale import keyed
 from ul_scale.data.stream import Batch
-from ul_scale.parallel.engine import NOT_IDENTITY, Engine, Process
+from ul_scale.parallel.engine import NOT_IDENTITY, PRECISIONS, Engine, Process
 from ul_scale.train.ema import Ema
+from ul_scale.train.health import StepHealth
 from ul_scale.train.metrics import MetricsWriter
+from ul_scale.train.noise_bins import NoiseBins
 from ul_scale.train.optim import OptimConfig, learning_rate
+from ul_scale.train.throughput import Throughput
+from ul_scale.train.whereabouts import Whereabouts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,15 +30,23 @@ class TrainConfig:
     """Stop earlier, as a complete run; raise it later to go on. null: ``steps``."""
     batch_size: int
     """Global: samples per step over all processes."""
+    precision: str = field(default="fp32", metadata={"legacy": "fp32"})
+    """``bf16``: matrix products and convolutions in bf16; weights, optimizer, averages and losses in fp32."""
     log_every_steps: int = field(default=50, metadata=NOT_IDENTITY)
+    max_skipped_in_a_row: int = field(default=10, metadata=NOT_IDENTITY)
+    """So many steps in a row whose loss or gradient is not finite, and so without an update, end the run."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "log_every_steps"):
+        for name in ("steps", "batch_size", "log_every_steps", "max_skipped_in_a_row"):
             if getattr(self, name) < 1:
                 raise ValueError(f"train.{name} is {getattr(self, name)}; expected 1 or more")
         if self.stop_at_step is not None and not 1 <= self.stop_at_step <= self.steps:
             raise ValueError(
                 f"train.stop_at_step is {self.stop_at_step}; expected 1 to train.steps = {self.steps}"
+            )
+        if self.precision not in PRECISIONS:
+            raise ValueError(
+                f"train.precision is {self.precision!r}; expected one of {', '.join(PRECISIONS)}"
             )
 
     @property
@@ -45,8 +54,19 @@ class TrainConfig:
         return self.stop_at_step or self.steps
 
 
-class Diverged(RuntimeError):
-    """The loss or the gradient is not a finite number any more."""
+@dataclass(frozen=True)
+class Instruments:
+    """What watches a run and takes no part in it."""
+
+    throughput: Throughput
+    bins: NoiseBins
+    health: StepHealth
+    whereabouts: Whereabouts
+    metrics: MetricsWriter | None
+    """On rank 0."""
+    counters: Callable[[], dict[str, float]]
+    """What else is to be logged."""
+    profile_step: Callable[[], object]
 
 
 def train(
@@ -61,10 +81,8 @@ def train(
     accumulation_steps: int,
     process: Process,
     start_step: int,
-    save_due: Callable[[int], bool],
-    save: Callable[[int], None],
-    stop_requested: Callable[[], bool],
-    metrics: MetricsWriter | None,
+    save_if_due: Callable[[int], bool],
+    watch: Instruments,
 ) -> bool:
     """Train from ``start_step`` to the last step; return False if asked to stop before it.
 
@@ -82,43 +100,43 @@ def train(
         accumulation_steps: micro-batches per step.
         process: this process.
         start_step: completed steps so far.
-        save_due: whether to save after so many completed steps.
-        save: saves the state after so many completed steps.
-        stop_requested: asked once a step, on every rank.
-        metrics: on rank 0.
+        save_if_due: told after so many completed steps; saves the state if it is time, and returns whether
+            all ranks are to stop here.
+        watch: what watches.
 
     Raises:
-        Diverged: at the first logged or saved step whose loss or gradient is not finite.
+        Diverged: after too many steps in a row whose loss or gradient is not finite.
     """
-    meter = Meter(start_step, config.batch_size)
     for step in range(start_step, config.last_step):
-        with meter.waiting_for_data():
-            batch = to_device(next(batches), process.device)
+        completed = step + 1
+        log_now = completed % config.log_every_steps == 0 or completed == config.last_step
+        watch.whereabouts.at(step, "waiting for data")
+        with watch.throughput.waiting_for_data():
+            batch = next(batches)
+        watch.whereabouts.at(step, "forward and backward")
         sums = accumulate_gradients(
             engine,
-            batch,
+            to_device(batch, process.device),
             noise_at(step),
             (seed, "dropout", step, process.rank),
             step,
             config,
             accumulation_steps,
+            watch.bins if log_now else None,
         )
+        watch.whereabouts.at(step, "optimizer step")
         lr = learning_rate(optim, step, config.steps)
         grad_norm = engine.step(lr)
         ema.update(step, config.batch_size)
+        watch.health.watch(step, grad_norm, batch["keys"])
 
-        completed, stop = step + 1, stop_requested()
-        save_now = save_due(completed) or stop
-        log_now = completed % config.log_every_steps == 0 or completed == config.last_step
-        if save_now or log_now:
-            values = reduce_sums(sums, process) | {"grad_norm": float(grad_norm), "lr": lr}
-            check_finite(values, completed)
-        if log_now and metrics is not None:
-            metrics.write(meter.row(completed) | values)
-        if save_now:
-            save(completed)
-        if stop and completed < config.last_step:
+        if log_now:
+            watch.whereabouts.at(step, "adding up the metrics")
+            log(completed, reduce_sums(sums, process), {"grad_norm": float(grad_norm), "lr": lr}, watch)
+        watch.whereabouts.at(step, "saving")
+        if save_if_due(completed) and completed < config.last_step:
             return False
+        watch.profile_step()
     return True
 
 
@@ -130,46 +148,33 @@ def accumulate_gradients(
     step: int,
     config: TrainConfig,
     accumulation_steps: int,
+    bins: NoiseBins | None,
 ) -> dict[str, Tensor]:
-    """Run a step's micro-batches forward and backward; return this rank's share of each mean loss term."""
+    """Run a step's micro-batches forward and backward; return this rank's share of each mean loss term.
+
+    With ``bins``, also of the losses by noise level.
+    """
     sums: dict[str, Tensor] = {}
     for micro, rows in enumerate(micro_batches(len(batch["weight"]), accumulation_steps)):
         torch.manual_seed(keyed.seed_of(*dropout_key, micro) >> 1)
-        terms = engine.forward(take(batch, rows), take(noise, rows), step)
+        micro_noise = take(noise, rows)
+        terms = engine.forward(take(batch, rows), micro_noise, step)
         weight = batch["weight"][rows] / config.batch_size
         engine.backward((weight * terms["loss"]).sum(), last=micro == accumulation_steps - 1)
-        for name, term in terms.items():
-            sums[name] = sums.get(name, 0) + (weight * term.detach()).sum()
+        parts = {name: (weight * term.detach()).sum() for name, term in terms.items()}
+        if bins is not None:
+            parts |= bins.sums(terms, micro_noise, weight)
+        sums = {name: sums[name] + part if name in sums else part for name, part in parts.items()}
     return sums
 
 
-class Meter:
-    """Throughput, and the share of time spent waiting for data, between logged steps."""
-
-    def __init__(self, start_step: int, batch_size: int):
-        self._batch_size = batch_size
-        self._started = self._since = time.monotonic()
-        self._logged_at, self._waited_s = start_step, 0.0
-
-    @contextmanager
-    def waiting_for_data(self) -> Iterator[None]:
-        began = time.monotonic()
-        yield
-        self._waited_s += time.monotonic() - began
-
-    def row(self, completed: int) -> dict[str, float]:
-        """Return the counters of a logged step, and begin anew."""
-        now = time.monotonic()
-        elapsed = now - self._since
-        row = {
-            "step": completed,
-            "samples_seen": completed * self._batch_size,
-            "time_s": round(now - self._started, 3),
-            "images_per_s": (completed - self._logged_at) * self._batch_size / elapsed,
-            "data_wait_share": self._waited_s / elapsed,
-        }
-        self._since, self._logged_at, self._waited_s = now, completed, 0.0
-        return row
+def log(completed: int, sums: dict[str, Tensor], more: dict[str, float], watch: Instruments) -> None:
+    """Write a step's metrics, on rank 0: means of the loss terms, speed, and whatever else is known."""
+    if watch.metrics is None:
+        return
+    terms = {name: float(value) for name, value in sums.items() if value.ndim == 0}
+    speed = watch.throughput.row(completed)
+    watch.metrics.write(speed | terms | more | watch.counters() | watch.bins.finish(sums))
 
 
 def to_device(batch: Batch, device: torch.device) -> dict[str, Tensor]:
@@ -182,12 +187,7 @@ def to_device(batch: Batch, device: torch.device) -> dict[str, Tensor]:
 
 def micro_batches(num_samples: int, accumulation_steps: int) -> list[slice]:
     """Cut a rank's samples into equal micro-batches; lanes may be cut."""
-    size, rest = divmod(num_samples, accumulation_steps)
-    if rest:
-        raise ValueError(
-            f"parallel.accumulation_steps is {accumulation_steps}, but a rank has {num_samples} samples "
-            f"per step; expected a divisor of {num_samples}"
-        )
+    size = num_samples // accumulation_steps
     return [slice(i * size, (i + 1) * size) for i in range(accumulation_steps)]
 
 
@@ -195,15 +195,10 @@ def take(tensors: Mapping[str, Any], rows: slice) -> dict[str, Any]:
     return {name: value[rows] for name, value in tensors.items()}
 
 
-def reduce_sums(sums: dict[str, Tensor], process: Process) -> dict[str, float]:
-    """Return each sum over all ranks."""
-    stacked = torch.stack(list(sums.values()))
+def reduce_sums(sums: dict[str, Tensor], process: Process) -> dict[str, Tensor]:
+    """Return each sum over all ranks, on the CPU."""
+    flat = torch.cat([value.reshape(-1).float() for value in sums.values()])
     if process.world_size > 1:
-        dist.all_reduce(stacked)
-    return dict(zip(sums, stacked.tolist()))
-
-
-def check_finite(values: dict[str, float], completed: int) -> None:
-    bad = [name for name, value in values.items() if not math.isfinite(value)]
-    if bad:
-        raise Diverged(f"{', '.join(bad)} not finite at step {completed}: try a lower optim.lr")
+        dist.all_reduce(flat)
+    parts = flat.cpu().split([value.numel() for value in sums.values()])
+    return {name: part.reshape(value.shape) for (name, value), part in zip(sums.items(), parts)}

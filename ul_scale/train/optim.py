@@ -1,10 +1,18 @@
-"""AdamW and its learning-rate schedule: warm-up, constant, and a cosine decay over the last part."""
+"""AdamW and its learning-rate schedule: warm-up, constant, and a decay over the last part."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
+
+DECAY_SHAPES: dict[str, Callable[[float], float]] = {
+    "cosine": lambda into: 0.5 * (1 + math.cos(math.pi * into)),
+    "linear": lambda into: 1 - into,
+    "sqrt": lambda into: 1 - math.sqrt(into),
+}
+"""Factor on lr by the share of the decay that has passed; sqrt is that of Hägele et al., arXiv 2405.18392."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,7 +22,10 @@ class OptimConfig:
     lr: float = 1e-4
     warmup_steps: int = 10_000
     decay_fraction: float = 0.0
-    """Share of ``train.steps``, at the end, over which lr falls to 0 along a cosine. 0: constant."""
+    """Share of ``train.steps``, at the end, over which lr falls to 0. 0: constant after the warm-up;
+    1: decay throughout; between: warm-up, stable, decay."""
+    decay_shape: str = field(default="cosine", metadata={"legacy": "cosine"})
+    """``cosine``, ``linear`` or ``sqrt``."""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.99])
     eps: float = 1e-8
     weight_decay: float = 0.0
@@ -30,6 +41,9 @@ class OptimConfig:
             raise ValueError(f"optim.betas is {list(self.betas)}; expected two numbers from 0 to below 1")
         if not 0 <= self.decay_fraction <= 1:
             raise ValueError(f"optim.decay_fraction is {self.decay_fraction}; expected a share from 0 to 1")
+        if self.decay_shape not in DECAY_SHAPES:
+            expected = ", ".join(DECAY_SHAPES)
+            raise ValueError(f"optim.decay_shape is {self.decay_shape!r}; expected one of {expected}")
         if not self.clip_norm > 0:
             raise ValueError(f"optim.clip_norm is {self.clip_norm}; expected a number above 0")
 
@@ -39,18 +53,17 @@ def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
     warmup = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
     decay_steps = config.decay_fraction * steps
     into_decay = step - (steps - decay_steps)
-    decay = (
-        0.5 * (1 + math.cos(math.pi * into_decay / decay_steps)) if decay_steps and into_decay > 0 else 1.0
-    )
-    return config.lr * warmup * decay
+    if not decay_steps or into_decay <= 0:
+        return config.lr * warmup
+    return config.lr * warmup * DECAY_SHAPES[config.decay_shape](into_decay / decay_steps)
 
 
 def build_optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
     return torch.optim.AdamW(
-        module.parameters(),
+        [p for p in module.parameters() if p.requires_grad],
         lr=config.lr,
         betas=(config.betas[0], config.betas[1]),
         eps=config.eps,
         weight_decay=config.weight_decay,
-        foreach=True,
+        fused=True,
     )

@@ -1,0 +1,285 @@
+"""What a save costs training: asynchronous, beside standing still until it is committed; and a restore."""
+
+import itertools
+import math
+import os
+import shutil
+import statistics
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ul_scale.bench.workload import (
+    OurLoop,
+    Spread,
+    Workload,
+    base_config,
+    describe_hardware,
+    hardware,
+    latent_facts,
+    our_loop,
+)
+from ul_scale.checkpoint import state, store
+from ul_scale.checkpoint.files import is_local, remove_tree
+from ul_scale.models.uvit import LevelConfig, UViTConfig
+from ul_scale.parallel.engine import Process
+from ul_scale.train.saves import training_state
+from ul_scale.train.worker import load_training_state
+
+PROMISED_RATIO = 0.15
+"""Excess step time of an asynchronous save, at most this share of a synchronous save's stall."""
+STATE_COPIES = 4
+"""Parameters, two moments of Adam, one average."""
+
+
+@dataclass(frozen=True)
+class Round:
+    """One asynchronous save under way while training goes on, and one that training waits for; seconds."""
+
+    step_s: float
+    """Mean step without a save, before and after the asynchronous one."""
+    staging_s: float
+    """Of the asynchronous save: for how long training stood still."""
+    excess_s: float
+    """Of the asynchronous save: what all steps from its start to its commit took beyond ``step_s``."""
+    commit_s: float
+    """Of the asynchronous save: from its start to its commit."""
+    sync_s: float
+    """Stall of the synchronous save: staging, writing, hashing and commit."""
+
+    @property
+    def ratio(self) -> float:
+        return self.excess_s / self.sync_s
+
+
+@dataclass
+class CheckpointResult:
+    """Seconds and bytes."""
+
+    num_bytes: int = 0
+    parameter_bytes: int = 0
+    first_save_s: float = math.nan
+    rounds: list[Round] = field(default_factory=list)
+    verify_s: float = math.nan
+    load_s: float = math.nan
+
+    @property
+    def ratio(self) -> Spread:
+        return Spread.of([one.ratio for one in self.rounds])
+
+    def spread(self, name: str) -> Spread:
+        """Return the spread of one of a round's figures."""
+        return Spread.of([getattr(one, name) for one in self.rounds])
+
+    def as_json(self) -> dict[str, Any]:
+        return {**asdict(self), "ratio": vars(self.ratio), "promised_ratio": PROMISED_RATIO}
+
+
+def excess(ends: Sequence[float], committed: float, step_s: float) -> float:
+    """Return what the steps from a save's start to its commit took beyond so many steps without a save.
+
+    Args:
+        ends: of steps, by one clock; the save began at the first of them. Later ones than needed may follow.
+        committed: by the same clock. The step that it falls in counts whole.
+        step_s: without a save.
+    """
+    return sum(end - start - step_s for start, end in itertools.pairwise(ends) if start < committed)
+
+
+def make_workload(gigabytes: float, process: Process) -> Workload:
+    """Return a transformer with at least so many GB (10⁹ bytes) of fp32 parameters and short steps."""
+    width = 1024 if gigabytes >= 0.1 else 64
+    blocks = math.ceil(gigabytes * 1e9 / 4 / (18 * width**2))
+    net = UViTConfig(patch=1, levels=[LevelConfig(kind="transformer", channels=width, blocks=blocks)])
+    return Workload(base_config(net, batch_size=1), process, latent_facts((4, 4, 4)))
+
+
+def check_room(gigabytes: float, root: Path, device: torch.device) -> None:
+    """Check memory and disk before anything is made.
+
+    Raises:
+        ValueError: in one line, what is needed and what there is.
+    """
+    # Beside the state: gradients and a second set while a layer's are made; the staged copy is the host's.
+    training, staged = (STATE_COPIES + 2) * gigabytes, STATE_COPIES * gigabytes
+    needs = {"memory": training + staged}
+    free = {"memory": _free_memory() / 1e9}
+    if device.type == "cuda":
+        needs = {"memory": staged, "GPU memory": training}
+        free["GPU memory"] = torch.cuda.mem_get_info(device)[0] / 1e9
+    disk = root if is_local(root) else Path(os.environ.get("TMPDIR", "/tmp"))
+    while not disk.exists():
+        disk = disk.parent
+    # One checkpoint stays until the next is complete; a bucket's are on the disk for a while only.
+    needs[f"disk space at {disk}"] = (2 if is_local(root) else 1) * staged
+    free[f"disk space at {disk}"] = shutil.disk_usage(disk).free / 1e9
+    for name, wanted in needs.items():
+        if free[name] < wanted:
+            raise ValueError(
+                f"--gigabytes is {gigabytes:g}, which needs {wanted:.1f} GB of {name}; {free[name]:.1f} GB are "
+                "free, expected a smaller --gigabytes or another --root"
+            )
+
+
+def _free_memory() -> int:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+
+
+def measure(
+    work: Workload,
+    root: Path,
+    *,
+    rounds: int,
+    calm_steps: int,
+    say: Callable[[str], object] = print,
+) -> CheckpointResult:
+    """Measure saves and a restore of a workload, in a run directory that is removed afterwards.
+
+    Args:
+        work: trained on meanwhile.
+        root: local folder or bucket that the run directory is made in.
+        rounds: of an asynchronous and a synchronous save each.
+        calm_steps: steps without a save before and after each asynchronous one.
+        say: takes a line now and then.
+    """
+    result = CheckpointResult(parameter_bytes=4 * work.num_parameters)
+    run_dir = root / f"bench-checkpoint-{uuid.uuid4().hex[:10]}"
+    commits: list[float] = []
+    try:
+        with one_thread(work.process.device):
+            saved = _note_into(commits)
+            with our_loop(work, run_dir, saved) as loop:
+                loop.run(1)
+                result.first_save_s = sync_save(loop)
+                say(f"first save, which also allocates the staging copy: {result.first_save_s:.2f} s")
+                for number in range(rounds):
+                    one = measure_round(loop, commits, calm_steps)
+                    result.rounds.append(one)
+                    say(
+                        f"round {number + 1}/{rounds}: step {one.step_s:.3f} s; async save {one.commit_s:.2f} s, "
+                        f"of which staging {one.staging_s:.2f}; excess {one.excess_s:.2f} s of sync stall "
+                        f"{one.sync_s:.2f} s: {100 * one.ratio:.1f} %"
+                    )
+                result.num_bytes, result.verify_s, result.load_s = restore(work, run_dir)
+    finally:
+        remove_tree(run_dir)
+    return result
+
+
+def _note_into(commits: list[float]) -> Callable[[int], None]:
+    return lambda completed: commits.append(time.monotonic())
+
+
+@contextmanager
+def one_thread(device: torch.device) -> Iterator[None]:
+    """On a CPU, train with one thread: beside a GPU, too, cores are free for the thread that saves."""
+    threads = torch.get_num_threads()
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def begin_save(loop: OurLoop) -> None:
+    work = loop.work
+    batch_size = work.config.train.batch_size
+    loop.saver.save(training_state(work.engine, work.ema, work.completed, batch_size), work.completed)
+
+
+def sync_save(loop: OurLoop) -> float:
+    """Save and wait for the commit; return the seconds that took."""
+    began = time.monotonic()
+    begin_save(loop)
+    loop.saver.wait()
+    return time.monotonic() - began
+
+
+def measure_round(loop: OurLoop, commits: list[float], calm_steps: int) -> Round:
+    """Save asynchronously in the midst of training, then synchronously.
+
+    Args:
+        loop: with a saver that is idle.
+        commits: where the loop's ``saved`` notes the times of commits.
+        calm_steps: steps without a save, before and after.
+    """
+    ends: list[float] = []
+    earlier, stalled, calm_left = len(commits), loop.saver.stall_s, calm_steps
+    synchronize = torch.cuda.synchronize if loop.work.process.device.type == "cuda" else lambda: None
+
+    def after_step(completed: int) -> bool:
+        nonlocal calm_left
+        synchronize()
+        ends.append(time.monotonic())
+        if len(ends) == calm_steps + 1:
+            begin_save(loop)
+        if loop.saver.failed:
+            loop.saver.wait()
+        if len(commits) > earlier:
+            calm_left -= 1
+        return calm_left < 0
+
+    loop.run(10**6, after_step)
+    loop.saver.wait()
+    began, committed = ends[calm_steps], commits[-1]
+    calm = [end - start for start, end in itertools.pairwise(ends) if not began <= start < committed]
+    step_s = statistics.fmean(calm)
+    return Round(
+        step_s=step_s,
+        staging_s=loop.saver.stall_s - stalled,
+        excess_s=excess(ends[calm_steps:], committed, step_s),
+        commit_s=committed - began,
+        sync_s=sync_save(loop),
+    )
+
+
+def restore(work: Workload, run_dir: Path) -> tuple[int, float, float]:
+    """Load the newest checkpoint; return its bytes, and the seconds to verify (or download) and to load it.
+
+    Local files are first dropped from the page cache, as they would be after a restart elsewhere.
+    """
+    step = store.latest_step(run_dir)
+    assert step is not None
+    files = store.read_commit(run_dir, step).files
+    if is_local(run_dir):
+        for name in files:
+            with open(store.shard_dir(run_dir, step) / name, "rb") as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    began = time.monotonic()
+    with state.local_copy(run_dir, step) as directory:
+        verified = time.monotonic()
+        load_training_state(work.engine, work.ema, directory, "dcp")
+    loaded = time.monotonic()
+    return sum(info["size"] for info in files.values()), verified - began, loaded - verified
+
+
+def report(result: CheckpointResult, device: torch.device) -> str:
+    """Return the result as lines for a person."""
+    write_s = result.spread("sync_s").median - result.spread("staging_s").median
+    lines = [
+        f"state         {result.num_bytes / 1e9:.2f} GB, parameters {result.parameter_bytes / 1e9:.2f} GB",
+        f"step          {result.spread('step_s').show(1, ' s', 3)}",
+        f"sync stall    {result.spread('sync_s').show(1, ' s', 2)}",
+        f"async staging {result.spread('staging_s').show(1, ' s', 2)}",
+        f"async excess  {result.spread('excess_s').show(1, ' s', 2)}",
+        f"excess/stall  {result.ratio.show(100, ' %')}; promised: at most {100 * PROMISED_RATIO:g} %",
+        f"async commit  {result.spread('commit_s').show(1, ' s', 2)} after its start",
+        f"first save    {result.first_save_s:.2f} s",
+        f"write + hash  {result.num_bytes / 1e9 / write_s:.2f} GB/s without training beside it",
+        f"restore       {result.verify_s:.2f} s to verify, {result.load_s:.2f} s to load",
+        f"on            {describe_hardware(hardware(device))}",
+    ]
+    if device.type == "cpu":
+        lines.append("training has one thread, so that other cores are free for the save, as on GPU nodes")
+    return "\n".join(lines)

@@ -1,0 +1,214 @@
+"""A run before it takes a device: its data, its plan, its stage; and all that can be checked so far."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ul_scale import config as configs
+from ul_scale import keyed
+from ul_scale.checkpoint import store
+from ul_scale.checkpoint.files import read, require_bucket, run_path
+from ul_scale.config import AutoencoderRun, BaseRun, RunConfig
+from ul_scale.data.index import Index, open_index
+from ul_scale.data.latents import LatentWriter
+from ul_scale.data.plan import LanePlan, lane_slots
+from ul_scale.data.stream import make_plan
+from ul_scale.models.flops import num_parameters
+from ul_scale.parallel.build import check_layout
+from ul_scale.stages.autoencoder import AutoencoderStage
+from ul_scale.stages.base import BaseStage
+from ul_scale.train.metrics import last_row
+from ul_scale.train.preemption import fits_notice, notice_in_force
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run whose config, data and batch arithmetic have been checked, before any device is taken."""
+
+    config: RunConfig
+    run_id: str
+    run_dir: Path
+    index: Index
+    plan: LanePlan
+    latents: dict[str, Any] | None
+    """Of a base model: what is known of its latents (shape, num_pixels, std, num_classes, log_snr_max).
+    Where images are encoded on the fly, std is still to be measured."""
+    world_size: int
+
+    @property
+    def samples_per_rank(self) -> int:
+        return len(lane_slots(self.plan.lanes, 0, self.world_size)) * self.plan.lane_batch_size
+
+
+def latents_dir(root: str | Path, run_id: str, step: int, split: str = "train") -> Path:
+    return run_path(str(root)) / run_id / "latents" / f"step_{step:08d}" / split
+
+
+def prepare(config: RunConfig, world_size: int = 1) -> Prepared:
+    """Open the data and check everything that needs no device.
+
+    Raises:
+        ValueError: in one line, what was given, what was expected, where.
+    """
+    config.log.check()
+    on_the_fly = isinstance(config, BaseRun) and config.autoencoder.on_the_fly
+    if isinstance(config, BaseRun) and not on_the_fly:
+        parent = config.autoencoder
+        url = str(latents_dir(config.root, parent.run, parent.step))
+        if not LatentWriter.is_complete(url):
+            raise ValueError(
+                f"{url}: no latents of autoencoder {parent.run} at step {parent.step}; first run: "
+                f"ul-scale encode {run_path(config.root) / parent.run} --step {parent.step}"
+            )
+    elif config.data.train is None or config.data.image_size is None:
+        raise ValueError(
+            "data.train and data.image_size are not both set; expected a folder of shards, and pixels"
+        )
+    else:
+        url = config.data.train
+    index = open_index(url)
+    _check_held_out(config, index)
+    latents = None
+    if isinstance(config, BaseRun):
+        latents = facts_on_the_fly(config, index, run_path(config.root)) if on_the_fly else index.extra
+    images = on_the_fly or isinstance(config, AutoencoderRun)
+    run_id = configs.run_id(config, index.identity if images else None)
+    plan = make_plan(index, config.data, seed=config.seed, batch_size=config.train.batch_size)
+    run_dir = run_path(config.root) / run_id
+    require_bucket(run_dir)
+    prepared = Prepared(config, run_id, run_dir, index, plan, latents, world_size)
+    check_layout(config.parallel, world_size, prepared.samples_per_rank)
+    return prepared
+
+
+def _check_held_out(config: RunConfig, index: Index) -> None:
+    if config.data.val is None:
+        return
+    val = open_index(config.data.val)
+    if val.classes and index.classes and val.classes != index.classes:
+        raise ValueError(f"{config.data.val}: its classes are not those of {index.url}; ids would not agree")
+    if val.fingerprint == index.fingerprint:
+        raise ValueError(f"{config.data.val}: is the training set {index.url}; expected held-out samples")
+
+
+def read_config(run_dir: Path) -> RunConfig:
+    """Return the config of a run directory.
+
+    Raises:
+        ValueError: if it is none.
+    """
+    data = read(run_dir / "config.yaml")
+    if data is None:
+        raise ValueError(f"{run_dir}: not a run directory (no config.yaml); expected <root>/<run_id>")
+    return configs.loads(data.decode(), f"{run_dir}/config.yaml")
+
+
+def parent_of(config: BaseRun, root: Path) -> AutoencoderRun:
+    """Return the config of a base model's autoencoder, which lies under the same root.
+
+    Raises:
+        ValueError: if there is no such run under the same root, or it is no autoencoder's.
+    """
+    parent = read_config(root / config.autoencoder.run)
+    if not isinstance(parent, AutoencoderRun):
+        raise ValueError(f"autoencoder.run is {config.autoencoder.run}, which is a base model's run")
+    return parent
+
+
+def facts_on_the_fly(config: BaseRun, index: Index, root: Path) -> dict[str, Any]:
+    """Return what is known of latents that are encoded during training; all but their std.
+
+    Raises:
+        ValueError: if the images are not as the autoencoder expects them.
+    """
+    parent = parent_of(config, root)
+    for name in ("image_size", "channels"):
+        ours, theirs = getattr(config.data, name), getattr(parent.data, name)
+        if ours != theirs:
+            raise ValueError(
+                f"data.{name} is {ours}, but the autoencoder {config.autoencoder.run} has {theirs}"
+            )
+    ref = config.autoencoder
+    steps = store.complete_steps(root / ref.run)
+    if ref.step not in steps:
+        raise ValueError(
+            f"autoencoder.step is {ref.step}; {ref.run} has complete checkpoints at {steps or 'no step'}"
+        )
+    with torch.device("meta"):
+        stage = build_stage(parent)
+    return {
+        "shape": stage.latent_shape,
+        "num_pixels": stage.num_pixels,
+        "std": 1.0,
+        "num_classes": len(index.classes or ()),
+        "log_snr_max": parent.loss.log_snr_max,
+    }
+
+
+def describe(prepared: Prepared) -> str:
+    """Return what a run would do, for a dry run."""
+    config, plan, run_dir = prepared.config, prepared.plan, prepared.run_dir
+    done = (store.read_success(run_dir) or 0) >= config.train.last_step
+    newest = (store.complete_steps(run_dir) or [0])[-1]
+    epochs = config.train.last_step * config.train.batch_size / len(prepared.index)
+    with torch.device("meta"):
+        stage = build_stage(config, prepared.latents)
+    row = last_row(run_dir) or {}
+    step_s = config.train.batch_size / row["images_per_s"] if row.get("images_per_s") else None
+    notice = notice_in_force(config.preemption)
+    surplus = prepared.samples_per_rank * prepared.world_size - config.train.batch_size
+    return "\n".join(
+        [
+            f"run        {prepared.run_id}",
+            f"directory  {run_dir}",
+            f"state      {'done' if done else f'{newest} steps complete'}",
+            f"data       {len(prepared.index)} samples, fingerprint {prepared.index.fingerprint}",
+            f"steps      {config.train.last_step} of {config.train.batch_size} samples, {epochs:.2f} epochs",
+            f"processes  {prepared.world_size}, engine {config.parallel.engine}, {prepared.samples_per_rank} "
+            f"samples each in {config.parallel.accumulation_steps} micro-batches; {surplus} computed in vain",
+            f"lanes      {plan.lanes} of {plan.lane_batch_size} samples; world sizes that waste nothing: "
+            + ", ".join(str(n) for n in range(1, plan.lanes + 1) if plan.lanes % n == 0),
+            f"parameters {num_parameters(stage):,}",
+            f"preemption {fits_notice(notice, row.get('save_s'), config.checkpoint.every_steps, step_s)}",
+        ]
+    )
+
+
+def build_stage(
+    config: RunConfig, latents: dict[str, Any] | None = None, encoder: nn.Module | None = None
+) -> AutoencoderStage | BaseStage:
+    """Return the stage of a config, with initial weights keyed by its seed.
+
+    Args:
+        config: resolved.
+        latents: of a base model: what is known of them, as ``Prepared.latents``.
+        encoder: of a base model that is trained on images: the frozen encoder.
+    """
+    torch.manual_seed(keyed.seed_of(config.seed, "init") >> 1)
+    if isinstance(config, AutoencoderRun):
+        assert config.data.image_size is not None
+        return AutoencoderStage(
+            config.model, config.loss, image_size=config.data.image_size, channels=config.data.channels
+        )
+    if latents is None or "log_snr_max" not in latents:
+        raise ValueError("these shards do not say what latents they hold; expected those of ul-scale encode")
+    if (config.model.num_classes or latents["num_classes"]) < latents["num_classes"]:
+        raise ValueError(
+            f"model.num_classes is {config.model.num_classes}, but the latents have {latents['num_classes']}"
+        )
+    if latents["log_snr_max"] != config.loss.log_snr_max:
+        raise ValueError(
+            f"loss.log_snr_max is {config.loss.log_snr_max}, "
+            f"but the autoencoder's is {latents['log_snr_max']}"
+        )
+    return BaseStage(
+        config.model,
+        config.loss,
+        latent_shape=tuple(latents["shape"]),
+        num_pixels=latents["num_pixels"],
+        z_std=latents["std"],
+        encoder=encoder,
+    )

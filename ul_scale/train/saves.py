@@ -1,0 +1,131 @@
+"""What is saved when: checkpoints on schedule and on request, and snapshots of the averages."""
+
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any
+
+from ul_scale.checkpoint.ema_snapshots import save_snapshot
+from ul_scale.checkpoint.saver import SaveFailed, Saver, describe, in_thread
+from ul_scale.config import RunConfig
+from ul_scale.parallel.engine import Engine
+from ul_scale.train.ema import Ema
+from ul_scale.train.health import StepHealth
+from ul_scale.train.host import Host
+from ul_scale.train.metrics import MetricsWriter
+from ul_scale.train.notices import Source
+from ul_scale.train.preemption import StopRequest, fits_notice, notice_in_force
+from ul_scale.train.throughput import Throughput
+
+
+def training_state(engine: Engine, ema: Ema, completed: int, batch_size: int) -> dict[str, Any]:
+    """Return all that a run is after so many completed steps."""
+    return engine.state_dict() | {
+        "ema": {name: engine.saved(average) for name, average in ema.averages.items()},
+        "train": {"step": completed, "samples_seen": completed * batch_size},
+    }
+
+
+@dataclass
+class Saves:
+    """Decides after every step, on every rank alike; see ``save_if_due``."""
+
+    config: RunConfig
+    engine: Engine
+    ema: Ema
+    saver: Saver
+    stop: StopRequest
+    health: StepHealth
+    host: Host
+    throughput: Throughput
+    metrics: MetricsWriter | None
+    log: Callable[[str], object]
+    _snapshot: Future[None] | None = None
+    _told: bool = False
+
+    def save_if_due(self, completed: int) -> bool:
+        """Save what is due after so many completed steps; return whether all ranks are to stop here.
+
+        Raises:
+            SaveFailed: if an earlier save failed; what it replaced is still there.
+        """
+        if self.saver.failed or self._snapshot_failed():
+            self.stop.request(Source.SAVE_FAILED)  # ranks learn of it at different steps, and leave together
+        if self.saver.last_save_s is not None:
+            self._measured(self.saver.last_save_s)
+        asked = self.stop.agreed()
+        if asked is not None:
+            self.log(f"stopping after step {completed}: {asked}")
+            if asked.source is Source.SAVE_FAILED:
+                return True
+        if self.config.ema.snapshot_due(completed):
+            self._save_snapshot(completed)
+        if asked is not None or self._due(completed):
+            self.health.settle()
+            with self.throughput.saving():
+                self._save(completed)
+        return asked is not None and self.host.ends_when_stopped
+
+    def settle_before_commit(self) -> None:
+        """Have on disk what a run that resumes from the checkpoint will not write again; on rank 0."""
+        if self.metrics is not None:
+            self.metrics.flush()
+        if self._snapshot is not None:
+            self._snapshot.result()
+
+    def close(self) -> None:
+        """Wait for what is in flight; raises what ``save_if_due`` does."""
+        self.health.settle()
+        self.saver.close()
+        if self._snapshot is not None:
+            self._wait_for_snapshot(self._snapshot)
+
+    def counters(self) -> dict[str, float]:
+        """Return what a logged step tells of saves and skipped steps."""
+        row: dict[str, float] = {"skipped_steps": self.health.skipped_steps}
+        return row if self.saver.last_save_s is None else row | {"save_s": round(self.saver.last_save_s, 3)}
+
+    def _due(self, completed: int) -> bool:
+        checkpoint = self.config.checkpoint
+        return (
+            completed % checkpoint.every_steps == 0
+            or completed in checkpoint.keep_steps
+            or completed == self.config.train.last_step
+        )
+
+    def _save(self, completed: int) -> None:
+        own_format = self.engine.checkpoint_format != "dcp"
+        self.saver.save(
+            training_state(self.engine, self.ema, completed, self.config.train.batch_size),
+            completed,
+            save_files=self.engine.save_files if own_format else None,
+            checkpoint_format=self.engine.checkpoint_format,
+        )
+
+    def _measured(self, save_s: float) -> None:
+        self.stop.measured_save(save_s)
+        if not self._told:
+            self._told = True
+            notice = notice_in_force(self.config.preemption)
+            self.log(fits_notice(notice, save_s, self.config.checkpoint.every_steps, self.throughput.step_s))
+
+    def _save_snapshot(self, completed: int) -> None:
+        averages = self.ema.snapshot(lambda values: self.engine.whole(values))
+        if self.saver.attempt is None:
+            return
+        if self._snapshot is not None:
+            self._wait_for_snapshot(self._snapshot)
+        samples_seen = completed * self.config.train.batch_size
+        run_dir = self.saver.run_dir
+        self._snapshot = in_thread(lambda: save_snapshot(run_dir, completed, samples_seen, averages))
+
+    def _snapshot_failed(self) -> bool:
+        pending = self._snapshot
+        return pending is not None and pending.done() and pending.exception() is not None
+
+    def _wait_for_snapshot(self, pending: Future[None]) -> None:
+        self._snapshot = None
+        try:
+            pending.result()
+        except Exception as error:
+            raise SaveFailed(f"a snapshot of the averages was not saved: {describe(error)}") from error
