@@ -12,6 +12,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import torch
+
 from launch.backends import local, ray_train
 from ul_scale import config as configs
 from ul_scale.sweep.command import run as run_sweep
@@ -94,6 +96,9 @@ def check_local(config: str, overrides: list[str], processes: int, *, show: bool
         raise ValueError(f"--processes {processes}: expected 1 or more")
     if processes > 1 and resolved.parallel.engine == "none":
         raise ValueError(f"--processes {processes} needs parallel.engine=fsdp; it is none")
+    gpus = torch.cuda.device_count()
+    if 0 < gpus < processes:
+        raise ValueError(f"--processes {processes}: this machine has {gpus} GPUs; expected at most {gpus}")
     prepared = prepare(resolved, processes)
     if show:
         print(describe(prepared))

@@ -2,6 +2,9 @@
 
 import os
 import sys
+from pathlib import Path
+
+TORCHRUN = Path(__file__).resolve().parent.parent / "torchrun.py"
 
 
 def command(kind: str, config: str, overrides: list[str], processes: int) -> list[str]:
@@ -9,7 +12,7 @@ def command(kind: str, config: str, overrides: list[str], processes: int) -> lis
     arguments = ["sweep", "run"] if kind == "sweep" else ["train"]
     launcher = ["-m"]
     if processes > 1:
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
+        launcher = [str(TORCHRUN), "--standalone", f"--nproc-per-node={processes}", "-m"]
     return [sys.executable, *launcher, "ul_scale.cli", *arguments, config, *overrides]
 
 

@@ -9,6 +9,7 @@ import dataclasses
 import logging
 import os
 import secrets
+import socket
 import sys
 import tempfile
 from collections.abc import Callable
@@ -22,6 +23,7 @@ import torch
 from launch.backends.ray_restarts import RestartGuard, Stop, callback
 from launch.backends.ray_stop import Following, StopSignals
 from ul_scale import config as configs
+from ul_scale.checkpoint import store
 from ul_scale.config import RunConfig
 from ul_scale.data.plan import lane_slots
 from ul_scale.parallel.build import check_layout
@@ -173,6 +175,10 @@ def submit(prepared: Prepared, source: str, options: Options) -> int:
         source: the config's path, for messages.
         options: of the cluster.
     """
+    last_step = prepared.config.train.last_step
+    if (store.read_success(prepared.run_dir) or 0) >= last_step:
+        print(f"{prepared.run_id} is done: {prepared.run_dir} reached step {last_step}")
+        return 0
     set_environment(options)
     signals = StopSignals()
     with signals, tempfile.TemporaryDirectory(prefix="ul_scale_ray_") as scratch:
@@ -222,11 +228,7 @@ def start(options: Options) -> dict[str, int]:
         )
         cpus = options.cpus_per_worker or max(1, cores // high)
     else:
-        try:
-            ray.init(address=options.address, **quiet)
-        except ConnectionError as error:
-            first, *_ = str(error).splitlines()
-            raise ValueError(f"--address {options.address}: no cluster to join there: {first}") from None
+        join(options.address, quiet)
         cpus = options.cpus_per_worker or 1
     gpus = options.gpus_per_worker
     if gpus is None:
@@ -241,6 +243,20 @@ def start(options: Options) -> dict[str, int]:
             flush=True,
         )
     return resources
+
+
+def join(address: str, quiet: dict[str, Any]) -> None:
+    """Connect to a running cluster; raise ``ValueError`` if there is none."""
+    import ray
+
+    host, _, port = address.rpartition(":")
+    try:
+        if port.isdecimal():  # Ray itself would try for minutes
+            socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+        ray.init(address=address, **quiet)
+    except OSError as error:
+        first, *_ = str(error).splitlines()
+        raise ValueError(f"--address {address}: no Ray cluster can be joined there: {first}") from None
 
 
 def build_trainer(

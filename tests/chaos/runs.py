@@ -1,6 +1,5 @@
 """Runs as processes of their own: start them, see on disk what they are at, kill them, compare the ends."""
 
-import json
 import os
 import signal
 import subprocess
@@ -11,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from safetensors.torch import load as load_safetensors
 from templates import AUTOENCODER, write_template
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
@@ -18,6 +18,9 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from ul_scale import config as configs
 from ul_scale.checkpoint import state, store
 from ul_scale.checkpoint.attempts import attempt_numbers, read_attempts
+from ul_scale.checkpoint.ema_snapshots import FOLDER
+from ul_scale.checkpoint.files import decode, list_names, read, sizes
+from ul_scale.train import worker
 from ul_scale.train.metrics import read_metrics
 from ul_scale.train.prepare import prepare
 
@@ -25,8 +28,8 @@ REPOSITORY = Path(__file__).parents[2]
 SUBJECT = Path(__file__).parent / "subject.py"
 SLOW_S = 0.02
 TIMEOUT_S = 200.0
-SIZE_OF_TIME = """time_s images_per_s tflops_per_s_per_device mfu data_wait_share checkpoint_stall_s memory_bytes
-save_s attempt""".split()
+OF_THE_MACHINE = """time_s images_per_s tflops_per_s_per_device mfu data_wait_share checkpoint_stall_s
+memory_bytes save_s attempt""".split()
 """Columns of the metrics that a run's fate may change."""
 
 STARTING, RESUMING, TRAINING = "before the attempt exists", "resuming (verifying, loading)", "training"
@@ -40,11 +43,19 @@ TEMPLATE = AUTOENCODER | {
     "checkpoint": {"every_steps": EVERY_STEPS, "keep_last": KEEP_LAST},
     "ema": {"half_lives_samples": [40, 400], "power_widths": [0.1], "snapshot_every_steps": 12},
 }
+SHORT = {"train": {"steps": 16}, "checkpoint": {"every_steps": 4}}
 
 
 def write_run(folder: Path, shards: dict[str, str], template: dict = TEMPLATE, **sections) -> Path:
     folder.mkdir(exist_ok=True)
     return write_template(folder, shards, template, "config.yaml", **sections)
+
+
+def undisturbed_run(folder: Path, shards: dict[str, str], template: dict = TEMPLATE, **sections) -> Path:
+    """Train in this process, in one go; return the run directory."""
+    config = write_run(folder, shards, template, **sections)
+    assert worker.run(configs.load(config)) == 0
+    return run_dir_of(config)
 
 
 def run_dir_of(config: Path) -> Path:
@@ -62,14 +73,15 @@ class Life:
         patience_s: with a heartbeat that stands still, in place of two minutes.
     """
 
-    def __init__(self, config: Path, *overrides, processes: int = 1, slow_s: float = 0, patience_s: float = 0):
+    def __init__(
+        self, config: Path, *overrides, processes: int = 1, slow_s: float = 0, patience_s: float = 0
+    ):
         command = [sys.executable]
         if processes > 1:
             command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
             overrides += ("parallel.engine=fsdp",)
         changes = {"CHAOS_SLOW_S": slow_s, "CHAOS_PATIENCE_S": patience_s, "OMP_NUM_THREADS": 1}
         changes |= {"PYTHONPATH": REPOSITORY}
-        self.run_dir_attempts = 0
         self._output = tempfile.TemporaryFile("w+")
         self.process = subprocess.Popen(
             [*command, str(SUBJECT), "train", str(config), *overrides],
@@ -116,8 +128,7 @@ class Life:
         """Wait for the end, which must be a failure with one line for a person; return that line."""
         code, text = self.wait(), self.output()
         errors = [line for line in text.splitlines() if line.startswith("error: ")]
-        assert code == 1 and len(errors) == 1 and text.rstrip().endswith(errors[0]), (code, text)
-        assert "Traceback" not in text, text
+        assert code == 1 and len(errors) == 1 and "Traceback" not in text, (code, text)
         return errors[0]
 
     def succeed(self) -> str:
@@ -160,23 +171,27 @@ def newest_row(run_dir: Path) -> int:
 
 
 def tensors(run_dir: Path) -> dict[str, torch.Tensor]:
-    """Return every tensor of the newest checkpoint, whole, by name: parameters, averages, optimizer."""
-    directory = store.shard_dir(run_dir, store.latest_step(run_dir))
-    metadata = FileSystemReader(directory).read_metadata().state_dict_metadata
-    found = {
-        name: torch.empty(entry.size, dtype=entry.properties.dtype)
-        for name, entry in metadata.items()
-        if isinstance(entry, TensorStorageMetadata)
-    }
-    state.load(found, directory)
+    """Return every tensor of the newest checkpoint, whole, by name, and of the snapshots of averages."""
+    with state.local_copy(run_dir, store.latest_step(run_dir)) as directory:
+        metadata = FileSystemReader(directory).read_metadata().state_dict_metadata
+        found = {
+            name: torch.empty(entry.size, dtype=entry.properties.dtype)
+            for name, entry in metadata.items()
+            if isinstance(entry, TensorStorageMetadata)
+        }
+        state.load(found, directory)
     for part in ("model.", "optim.", "ema."):
         assert any(name.startswith(part) for name in found)
+    for name in list_names(run_dir / FOLDER):
+        found |= {
+            f"{name}/{key}": value for key, value in load_safetensors(read(run_dir / FOLDER / name)).items()
+        }
     return found
 
 
 def rows(run_dir: Path) -> list[dict[str, float]]:
     """Return the metrics, without the columns that tell of time and machine."""
-    kept = [{k: v for k, v in row.items() if k not in SIZE_OF_TIME} for row in read_metrics(run_dir)]
+    kept = [{k: v for k, v in row.items() if k not in OF_THE_MACHINE} for row in read_metrics(run_dir)]
     assert kept and "loss/prior" in kept[0] and [row["step"] for row in kept] == list(range(1, len(kept) + 1))
     return kept
 
@@ -187,14 +202,8 @@ def assert_bit_identical(run_dir: Path, undisturbed: Path) -> None:
     mine, theirs = tensors(run_dir), tensors(undisturbed)
     assert mine.keys() == theirs.keys()
     assert [name for name in mine if not torch.equal(mine[name], theirs[name])] == []
-    snapshots = {path.name: path.read_bytes() for path in (undisturbed / "ema_snapshots").glob("step_*")}
-    assert {path.name: path.read_bytes() for path in (run_dir / "ema_snapshots").glob("step_*")} == snapshots
-    assert_tidy(run_dir)
-
-
-def assert_tidy(run_dir: Path) -> None:
-    """Nothing that kills have left lying about is there any more."""
-    for path in (run_dir / "checkpoints").iterdir():
-        attempt = json.loads((path / "COMMIT").read_text())["attempt"]
-        assert sorted(part.name for part in path.iterdir()) == ["COMMIT", f"a{attempt}"]
-    assert len(store.complete_steps(run_dir)) == KEEP_LAST
+    left = {name.split("/")[1] for name in sizes(run_dir) if name.startswith("checkpoints/")}
+    assert len(left) == KEEP_LAST == len(store.complete_steps(run_dir)), left
+    for name in left:  # nothing that kills have left lying about is there any more
+        step_dir = run_dir / "checkpoints" / name
+        assert list_names(step_dir) == ["COMMIT", f"a{decode(read(step_dir / 'COMMIT'))['attempt']}"]

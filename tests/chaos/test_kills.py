@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import torch
 from chaos.runs import (
     AIMED,
     BEFORE_COMMIT,
     CLEANING,
     RESUMING,
+    SHORT,
     SLOW_S,
     STEPS,
     TEMPLATE,
@@ -26,16 +26,15 @@ from chaos.runs import (
     rows,
     run_dir_of,
     tensors,
+    undisturbed_run,
     write_run,
 )
 
-from ul_scale import config as configs
 from ul_scale.checkpoint import store
-from ul_scale.train import worker
 
 EPISODES, RANDOM_KILLS = 4, 3
 RANDOM = "anywhere"
-LOSS_TOLERANCE, STATE_TOLERANCE = 1e-3, 1e-3
+LOSS_TOLERANCE, STATE_TOLERANCE = 1e-4, 1e-4
 
 
 @dataclass
@@ -44,12 +43,6 @@ class Kill:
     hit: str
     step: int
     """The newest row in the metrics."""
-
-
-def undisturbed_run(folder: Path, shards: dict[str, str], template: dict = TEMPLATE, **sections) -> Path:
-    config = write_run(folder, shards, template, **sections)
-    assert worker.run(configs.load(config)) == 0
-    return run_dir_of(config)
 
 
 def kill_once(config: Path, run_dir: Path, aim: str, rng: random.Random, startup_s: float) -> Kill | None:
@@ -73,15 +66,13 @@ def kill_once(config: Path, run_dir: Path, aim: str, rng: random.Random, startup
     return Kill(aim, phase(run_dir, before), newest_row(run_dir))
 
 
-def test_killed_where_it_hurts_most_the_run_ends_the_same(shards, tmp_path):
-    few = {"train": TEMPLATE["train"] | {"steps": 30}}
-    expected = undisturbed_run(tmp_path / "undisturbed", shards, **few)
-    config = write_run(tmp_path / "killed", shards, **few)
+def test_killed_where_it_hurts_most_the_run_ends_the_same(shards, tmp_path, undisturbed):
+    config = write_run(tmp_path / "killed", shards, **SHORT)
     run_dir, rng = run_dir_of(config), random.Random(0)
     kills = [kill_once(config, run_dir, aim, rng, 0) for aim in (BEFORE_COMMIT, CLEANING, RESUMING)]
     assert all(kills)
     assert "resuming from step" in Life(config).succeed()
-    assert_bit_identical(run_dir, expected)
+    assert_bit_identical(run_dir, undisturbed)
 
 
 @pytest.mark.exhaustive
@@ -108,10 +99,11 @@ def test_killed_often_in_every_phase_the_run_ends_the_same(shards, tmp_path, fin
     assert len(kills) >= 20 and all(hits[aim] >= 2 for aim in AIMED), hits
     findings.setdefault("Kills", []).extend(
         [
-            f"{len(kills)} SIGKILLs in {EPISODES} runs of {STEPS} steps (dropout on, asynchronous saves), each run",
-            "continued by the same command. Each ended with parameters, averages, snapshots, optimizer state and",
-            f"metrics bit for bit those of the undisturbed run. File operations of checkpoints were {SLOW_S:g} s",
-            "apart, so that the gaps between them could be hit; where a kill hit was judged by what was on disk.",
+            f"{len(kills)} SIGKILLs in {EPISODES} runs of {STEPS} steps (dropout on, asynchronous saves),",
+            "each continued by the same command. Each run ended with parameters, averages, snapshots,",
+            "optimizer state and metrics bit for bit those of the undisturbed run. File operations of",
+            f"checkpoints were {SLOW_S:g} s apart, so that the gaps between them could be hit; where a kill",
+            "hit was judged by what was on disk.",
             "",
             "| at the moment of the kill, the run was | kills |",
             "|---|---|",
@@ -136,8 +128,9 @@ def end_of(pids: list[int]) -> None:
         time.sleep(0.01)
 
 
-def torchrun_life(config: Path, run_dir: Path, processes: int, victims: str, steps: int, jitter_s: float) -> None:
-    """Live on several ranks for so many logged steps, then kill: rank 0, rank 1, the agent, or all of them."""
+def torchrun_life(config: Path, processes: int, victims: str, steps: int, jitter_s: float) -> None:
+    """Live on several ranks for so many logged steps, then kill: rank 0, rank 1, the agent, or all."""
+    run_dir = run_dir_of(config)
     life, before = Life(config, processes=processes, slow_s=SLOW_S), newest_attempt(run_dir)
 
     def far_enough() -> bool:
@@ -152,7 +145,8 @@ def torchrun_life(config: Path, run_dir: Path, processes: int, victims: str, ste
         os.kill(pid, signal.SIGKILL)
     assert life.wait() != 0
     if victims == "agent":  # its ranks go on, and are not joined by others
-        assert "is in use by attempt" in Life(config, processes=processes).failed_output()
+        refused = Life(config, processes=processes)
+        assert refused.wait() == 1 and "is in use by attempt" in refused.output()
         for pid in ranks:
             os.kill(pid, signal.SIGKILL)
     end_of(ranks)
@@ -161,14 +155,14 @@ def torchrun_life(config: Path, run_dir: Path, processes: int, victims: str, ste
 @pytest.mark.exhaustive
 @pytest.mark.timeout(1800)
 def test_killed_ranks_and_agents_of_torchrun(shards, tmp_path, findings):
-    few = {"train": TEMPLATE["train"] | {"steps": 60}}
+    few = {"train": {"steps": 60}}
     expected = write_run(tmp_path / "undisturbed", shards, **few)
     Life(expected, processes=2).succeed()
     config, rng = write_run(tmp_path / "killed", shards, **few), random.Random(1)
     run_dir = run_dir_of(config)
     victims = ["rank 0", "rank 1", "all", "agent"]
     for victim in victims:
-        torchrun_life(config, run_dir, 2, victim, rng.randint(3, 12), rng.uniform(0, 0.3))
+        torchrun_life(config, 2, victim, rng.randint(3, 12), rng.uniform(0, 0.3))
     Life(config, processes=2).succeed()
     assert_bit_identical(run_dir, run_dir_of(expected))
     findings.setdefault("Kills", []).append(
@@ -180,15 +174,17 @@ def test_killed_ranks_and_agents_of_torchrun(shards, tmp_path, findings):
 @pytest.mark.exhaustive
 @pytest.mark.timeout(1800)
 def test_through_other_world_sizes_the_end_is_near(shards, tmp_path, findings):
-    plain = no_dropout(TEMPLATE | {"train": TEMPLATE["train"] | {"steps": 48}})
+    # Biases before a normalisation have no gradient but rounding errors: a small eps gives those full steps.
+    optim = TEMPLATE["optim"] | {"eps": 1e-5}
+    plain = no_dropout(TEMPLATE | {"train": TEMPLATE["train"] | {"steps": 48}, "optim": optim})
     expected = undisturbed_run(tmp_path / "undisturbed", shards, plain)
     config = write_run(tmp_path / "killed", shards, plain)
     run_dir = run_dir_of(config)
-    torchrun_life(config, run_dir, 2, "all", 14, 0.1)
+    torchrun_life(config, 2, "all", 14, 0.1)
     life = Life(config)
     assert life.until(lambda: newest_row(run_dir) >= 26)
     life.kill()
-    torchrun_life(config, run_dir, 3, "all", 12, 0.05)
+    torchrun_life(config, 3, "all", 12, 0.05)
     Life(config, processes=2).succeed()
     loss = max(
         abs(mine[name] - value) / abs(value)
@@ -203,10 +199,10 @@ def test_through_other_world_sizes_the_end_is_near(shards, tmp_path, findings):
     largest = max(theirs[name].double().abs().max().item() for name in names)
     assert loss < LOSS_TOLERANCE and deviation < STATE_TOLERANCE, (loss, deviation)
     findings["World sizes"] = [
-        "2 → 1 → 3 → 2 processes (fsdp, none, fsdp, fsdp), killed between; dropout off; 48 steps. Against one",
-        f"undisturbed process, losses and gradient norms deviate by at most {loss:.1e} (relative; stated tolerance",
-        f"{LOSS_TOLERANCE:g}), parameters and averages by {deviation:.1e} (absolute, the largest is {largest:.1f};",
-        f"stated tolerance {STATE_TOLERANCE:g}).",
+        "2 → 1 → 3 → 2 processes (fsdp, none, fsdp, fsdp), killed between; dropout off; 48 steps.",
+        f"Against one undisturbed process, losses and gradient norms deviate by up to {loss:.1e} (relative;",
+        f"stated tolerance {LOSS_TOLERANCE:g}), parameters and averages by {deviation:.1e} (absolute; the",
+        f"largest is {largest:.1f}, the stated tolerance {STATE_TOLERANCE:g}).",
     ]
 
 

@@ -235,7 +235,7 @@ def test_another_users_hidden_process_is_not_taken_for_dead(run_dir: Path, monke
         raise PermissionError(errno.EPERM, "not yours")
 
     monkeypatch.setattr(os, "kill", hidden)
-    assert attempts._is_alive(json.loads((run_dir / "attempts/1.json").read_text())) is None
+    assert attempts.is_alive(json.loads((run_dir / "attempts/1.json").read_text())) is None
 
 
 @pytest.mark.parametrize("torn", [b"", b'{"attempt": 1, "tok', b"[]", b"\xff\x00"])
@@ -278,7 +278,7 @@ def test_heartbeat_goes_on_through_a_full_disk(run_dir: Path, monkeypatch: pytes
 
 def test_the_older_attempt_is_fenced(run_dir: Path, monkeypatch: pytest.MonkeyPatch):
     first = start_attempt(run_dir)
-    monkeypatch.setattr(attempts, "_is_alive", lambda record: False)
+    monkeypatch.setattr(attempts, "is_alive", lambda record: False)
     with start_attempt(run_dir, log=str) as second:
         assert second.is_newest() and not first.is_newest()
         with pytest.raises(Fenced, match=r"attempt 1 may not commit.*taken over.*newest attempt: 2"):

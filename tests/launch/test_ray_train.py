@@ -152,6 +152,14 @@ def test_two_workers_of_an_own_cluster_train_what_one_process_does(write_config,
     assert code == 0, output
     assert "step 12/12" in output and "Traceback" not in output
     assert_as_undisturbed(path, tmp_path, shards, template)
+    code, output = ended(submit(path, "--backend", "ray", "--address", "127.0.0.1:9", *FSDP))
+    assert code == 0 and "is done" in output  # without a cluster
+
+
+def test_an_address_without_a_cluster_is_named_at_once(write_config):
+    code, output = ended(submit(write_config(AUTOENCODER), "--backend", "ray", "--address", "127.0.0.1:9"))
+    assert code == 2
+    assert output.startswith("error: --address 127.0.0.1:9: no Ray cluster") and output.count("\n") == 1
 
 
 LONG = no_dropout(AUTOENCODER) | {

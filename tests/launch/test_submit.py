@@ -1,12 +1,18 @@
 """The command line that submits: what it prints, refuses and starts."""
 
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 from templates import AUTOENCODER
 
 from launch import submit as launcher
+from ul_scale.checkpoint.store import complete_steps
+from ul_scale.config import load
+from ul_scale.train.metrics import read_metrics
+from ul_scale.train.prepare import prepare
 
 
 def submit(*arguments):
@@ -84,3 +90,19 @@ def test_dry_run_of_ray_prints_the_plan_and_starts_nothing(write_config, monkeyp
 
 def test_help_shows_examples():
     assert "examples:" in submit("--help").stdout
+
+
+def test_a_stop_of_several_processes_saves_and_exits_with_75(write_config):
+    path = write_config(AUTOENCODER, train={"steps": 100000}, checkpoint={"every_steps": 100000})
+    command = [sys.executable, "launch/submit.py", str(path), "--processes", "2", "parallel.engine=fsdp"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    run_dir = prepare(load(path)).run_dir
+    deadline = time.monotonic() + 120
+    while not read_metrics(run_dir):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=100)
+    assert process.returncode == 75, output
+    (step,) = complete_steps(run_dir)
+    assert f"stopping after step {step}: SIGTERM" in output

@@ -19,12 +19,15 @@ from ul_scale.train.metrics import read_metrics
 from ul_scale.train.prepare import prepare
 
 CLI = [sys.executable, "-m", "ul_scale.cli"]
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+THREADS = {"OMP_NUM_THREADS": "1"}
+ENVIRONMENT = os.environ | THREADS
 
 
 def cli(*arguments, **options):
     command = [*CLI, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=200, **options)
+    return subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | THREADS, timeout=200, **options
+    )
 
 
 def torchrun(processes, *arguments):
@@ -37,17 +40,21 @@ def torchrun(processes, *arguments):
 
 def final_state(run_dir):
     """Return every tensor of the newest checkpoint, whole, by name."""
+    return tensors_of(store.shard_dir(run_dir, store.latest_step(run_dir)))
+
+
+def tensors_of(directory):
+    """Return every tensor in a local directory of shards, whole, by name."""
     from torch.distributed.checkpoint import FileSystemReader
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-    step = store.latest_step(run_dir)
-    metadata = FileSystemReader(store.shard_dir(run_dir, step)).read_metadata().state_dict_metadata
+    metadata = FileSystemReader(directory).read_metadata().state_dict_metadata
     tensors = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype)
         for name, entry in metadata.items()
         if isinstance(entry, TensorStorageMetadata)
     }
-    state.load(tensors, store.shard_dir(run_dir, step))
+    state.load(tensors, directory)
     return tensors
 
 
@@ -280,3 +287,33 @@ def test_a_checkpoint_of_another_network_is_named(write_config):
     with pytest.raises(store.BrokenCheckpoint, match="does not fit this code or config") as caught:
         state.load({"model": {"no.such.weight": torch.zeros(2)}}, store.shard_dir(run_dir_of(path), 4))
     assert "no.such.weight" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_base_model_trains_on_images_that_are_encoded_on_the_fly(write_config, shards):
+    autoencoder = write_config(AUTOENCODER)
+    assert worker.run(configs.load(autoencoder)) == 0
+    parent = run_dir_of(autoencoder)
+    values = BASE | {"autoencoder": {"run": parent.name, "step": 12, "on_the_fly": True}}
+    images = shards | {"image_size": 16, "channels": 1}
+    base = write_config(values, "base.yaml", data=images)
+    assert worker.run(configs.load(base)) == 0
+    run_dir = run_dir_of(base)
+    rows = read_metrics(run_dir)
+    assert len(rows) == 8 and all(0 < row["loss"] < 100 for row in rows)
+
+    saved = final_state(run_dir)
+    assert not any("encoder" in name for name in saved)
+    from ul_scale.data.index import open_index
+    from ul_scale.data.stream import iterate
+    from ul_scale.evaluate.restore import restore_autoencoder, restore_base
+
+    config, stage = restore_autoencoder(parent, 12)
+    batches = iterate(open_index(shards["train"]), config.data, batch_size=48)
+    z_clean = torch.cat([stage.encode(batch["x"]) for batch in batches])
+    assert saved["model.z_std"].item() == pytest.approx(z_clean.std().item(), rel=1e-5)
+    assert restore_base(run_dir, 8)[1].z_std == saved["model.z_std"]
+
+    with pytest.raises(ValueError, match=r"data.image_size is 32, but the autoencoder .* has 16"):
+        prepare(configs.load(base, ["data.image_size=32"]))
+    with pytest.raises(ValueError, match="autoencoder.step is 11; .* has complete checkpoints at "):
+        prepare(configs.load(base, ["autoencoder.step=11"]))

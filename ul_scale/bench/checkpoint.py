@@ -24,6 +24,7 @@ from ul_scale.bench.workload import (
     hardware,
     latent_facts,
     our_loop,
+    synchronize,
 )
 from ul_scale.checkpoint import state, store
 from ul_scale.checkpoint.files import is_local, remove_tree
@@ -48,6 +49,8 @@ class Round:
     """Of the asynchronous save: for how long training stood still."""
     excess_s: float
     """Of the asynchronous save: what all steps from its start to its commit took beyond ``step_s``."""
+    core_wait_s: float
+    """Of the excess: for how long the training thread was ready and had no core (Linux; 0 elsewhere)."""
     commit_s: float
     """Of the asynchronous save: from its start to its commit."""
     sync_s: float
@@ -81,15 +84,20 @@ class CheckpointResult:
         return {**asdict(self), "ratio": vars(self.ratio), "promised_ratio": PROMISED_RATIO}
 
 
-def excess(ends: Sequence[float], committed: float, step_s: float) -> float:
-    """Return what the steps from a save's start to its commit took beyond so many steps without a save.
+def excess(ends: Sequence[float], steps: int, step_s: float) -> float:
+    """Return what the first steps of a save took beyond so many steps without one.
 
     Args:
-        ends: of steps, by one clock; the save began at the first of them. Later ones than needed may follow.
-        committed: by the same clock. The step that it falls in counts whole.
+        ends: of steps, by one clock; the save began at the first of them.
+        steps: that were under way between its start and its commit.
         step_s: without a save.
     """
-    return sum(end - start - step_s for start, end in itertools.pairwise(ends) if start < committed)
+    return ends[steps] - ends[0] - steps * step_s
+
+
+def steps_until(ends: Sequence[float], committed: float) -> int:
+    """Return how many steps begin before a commit; the one that it falls in counts whole."""
+    return sum(end < committed for end in ends)
 
 
 def make_workload(gigabytes: float, process: Process) -> Workload:
@@ -122,8 +130,8 @@ def check_room(gigabytes: float, root: Path, device: torch.device) -> None:
     for name, wanted in needs.items():
         if free[name] < wanted:
             raise ValueError(
-                f"--gigabytes is {gigabytes:g}, which needs {wanted:.1f} GB of {name}; {free[name]:.1f} GB are "
-                "free, expected a smaller --gigabytes or another --root"
+                f"--gigabytes is {gigabytes:g}, which needs {wanted:.1f} GB of {name}; "
+                f"{free[name]:.1f} GB are free, expected a smaller --gigabytes or another --root"
             )
 
 
@@ -166,9 +174,10 @@ def measure(
                     one = measure_round(loop, commits, calm_steps)
                     result.rounds.append(one)
                     say(
-                        f"round {number + 1}/{rounds}: step {one.step_s:.3f} s; async save {one.commit_s:.2f} s, "
-                        f"of which staging {one.staging_s:.2f}; excess {one.excess_s:.2f} s of sync stall "
-                        f"{one.sync_s:.2f} s: {100 * one.ratio:.1f} %"
+                        f"round {number + 1}/{rounds}: step {one.step_s:.3f} s; "
+                        f"async save {one.commit_s:.2f} s, of which staging {one.staging_s:.2f}; "
+                        f"excess {one.excess_s:.2f} s ({one.core_wait_s:.2f} for want of a core) "
+                        f"of sync stall {one.sync_s:.2f} s: {100 * one.ratio:.1f} %"
                     )
                 result.num_bytes, result.verify_s, result.load_s = restore(work, run_dir)
     finally:
@@ -215,13 +224,14 @@ def measure_round(loop: OurLoop, commits: list[float], calm_steps: int) -> Round
         calm_steps: steps without a save, before and after.
     """
     ends: list[float] = []
+    waits: list[float] = []
     earlier, stalled, calm_left = len(commits), loop.saver.stall_s, calm_steps
-    synchronize = torch.cuda.synchronize if loop.work.process.device.type == "cuda" else lambda: None
 
     def after_step(completed: int) -> bool:
         nonlocal calm_left
-        synchronize()
+        synchronize(loop.work.process.device)
         ends.append(time.monotonic())
+        waits.append(core_wait_s())
         if len(ends) == calm_steps + 1:
             begin_save(loop)
         if loop.saver.failed:
@@ -232,16 +242,31 @@ def measure_round(loop: OurLoop, commits: list[float], calm_steps: int) -> Round
 
     loop.run(10**6, after_step)
     loop.saver.wait()
-    began, committed = ends[calm_steps], commits[-1]
-    calm = [end - start for start, end in itertools.pairwise(ends) if not began <= start < committed]
-    step_s = statistics.fmean(calm)
+    committed = commits[-1]
+    busy = steps_until(ends[calm_steps:], committed)
+
+    def calm_and_excess(clock: list[float]) -> tuple[float, float]:
+        durations = [end - start for start, end in itertools.pairwise(clock)]
+        calm = statistics.fmean(durations[:calm_steps] + durations[calm_steps + busy :])
+        return calm, excess(clock[calm_steps:], busy, calm)
+
+    step_s, excess_s = calm_and_excess(ends)
     return Round(
         step_s=step_s,
         staging_s=loop.saver.stall_s - stalled,
-        excess_s=excess(ends[calm_steps:], committed, step_s),
-        commit_s=committed - began,
+        excess_s=excess_s,
+        core_wait_s=calm_and_excess(waits)[1],
+        commit_s=committed - ends[calm_steps],
         sync_s=sync_save(loop),
     )
+
+
+def core_wait_s() -> float:
+    """Return for how long this thread has been ready to run without a core, seconds."""
+    try:
+        return int(Path("/proc/thread-self/schedstat").read_text().split()[1]) / 1e9
+    except OSError:
+        return 0.0
 
 
 def restore(work: Workload, run_dir: Path) -> tuple[int, float, float]:
@@ -273,6 +298,7 @@ def report(result: CheckpointResult, device: torch.device) -> str:
         f"sync stall    {result.spread('sync_s').show(1, ' s', 2)}",
         f"async staging {result.spread('staging_s').show(1, ' s', 2)}",
         f"async excess  {result.spread('excess_s').show(1, ' s', 2)}",
+        f"  for want of a core {result.spread('core_wait_s').show(1, ' s', 2)}",
         f"excess/stall  {result.ratio.show(100, ' %')}; promised: at most {100 * PROMISED_RATIO:g} %",
         f"async commit  {result.spread('commit_s').show(1, ' s', 2)} after its start",
         f"first save    {result.first_save_s:.2f} s",
@@ -282,4 +308,9 @@ def report(result: CheckpointResult, device: torch.device) -> str:
     ]
     if device.type == "cpu":
         lines.append("training has one thread, so that other cores are free for the save, as on GPU nodes")
+    if result.spread("core_wait_s").median > 0.25 * result.spread("excess_s").median:
+        lines.append(
+            "notice: much of the excess is the training thread's wait for a core; if other programs are "
+            "running, the figures are theirs too"
+        )
     return "\n".join(lines)

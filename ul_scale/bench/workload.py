@@ -19,13 +19,14 @@ from ul_scale.checkpoint import store
 from ul_scale.checkpoint.attempts import start_attempt
 from ul_scale.checkpoint.saver import Saver
 from ul_scale.checkpoint.store import CheckpointConfig
-from ul_scale.config import AutoencoderRef, AutoencoderRun, BaseRun, RunConfig
+from ul_scale.config import AutoencoderRef, BaseRun, RunConfig
 from ul_scale.data.plan import default_lanes
 from ul_scale.data.stream import Batch, DataConfig
 from ul_scale.models.flops import num_parameters, training_flops
 from ul_scale.models.uvit import UViTConfig
 from ul_scale.parallel.build import build_engine
 from ul_scale.parallel.engine import LocalEngine, ParallelConfig, Process
+from ul_scale.stages.autoencoder import AutoencoderStage
 from ul_scale.stages.base import BaseLoss, BaseModel
 from ul_scale.stages.noise import draw_noise
 from ul_scale.train.ema import Ema, EmaConfig
@@ -115,9 +116,10 @@ class Workload:
         assert isinstance(engine, LocalEngine)
         self.engine = engine
         self.ema = Ema(config.ema, engine.parameters)
-        images = isinstance(config, AutoencoderRun)
-        shape = stage.image_shape if images else stage.latent_shape  # type: ignore[union-attr]
-        self.batch = made_up_batch("x" if images else "z_clean", shape, config.train.batch_size)
+        if isinstance(stage, AutoencoderStage):
+            self.batch = made_up_batch("x", stage.image_shape, config.train.batch_size)
+        else:  # without the encoder of one that is trained on images
+            self.batch = made_up_batch("z_clean", stage.latent_shape, config.train.batch_size)
         lanes = config.data.lanes or default_lanes(config.train.batch_size, MANY_SAMPLES)
         self._lanes, self._lane_size = range(lanes), config.train.batch_size // lanes
         self.completed = 0

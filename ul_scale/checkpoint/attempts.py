@@ -161,7 +161,7 @@ def _process(pid: int) -> tuple[str, int]:
     return fields[0].decode(), int(fields[19])
 
 
-def _is_alive(record: dict[str, Any]) -> bool | None:
+def is_alive(record: dict[str, Any]) -> bool | None:
     """Say whether an attempt's process lives; None if only its heartbeat can tell."""
     here = _identity()
     if record.get("ended"):
@@ -187,7 +187,7 @@ def _wait_until_free(run_dir: Path, number: int, timeout_s: float, log: Callable
     while (now := read(path)) is not None:
         record = decode(now)
         owner = f"attempt {number}, process {record.get('pid')} on {record.get('host')}"
-        alive = _is_alive(record)
+        alive = is_alive(record)
         if alive is False:
             log(f"taking over from {owner}, which has ended")
             return

@@ -4,7 +4,6 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, cast
 
@@ -67,7 +66,7 @@ class Saver:
                 use_non_blocking_copy=cuda,
             )
         )
-        self._pending: Future[None] | None = None
+        self._pending: Background | None = None
 
     def save(
         self,
@@ -106,20 +105,19 @@ class Saver:
             if self.saved is not None:
                 self.saved(completed)
 
-        self._pending = in_thread(work)
+        self._pending = Background(work)
         self.stall_s += time.monotonic() - began
 
     @property
     def failed(self) -> bool:
         """Whether a save has failed that nobody has waited for yet; ranks may learn it at different steps."""
-        pending = self._pending
-        return pending is not None and pending.done() and pending.exception() is not None
+        return self._pending is not None and self._pending.failed
 
     def wait(self) -> None:
         """Return once nothing is in flight; raises what ``save`` raises, on every rank."""
         pending, self._pending = self._pending, None
         if pending is not None:
-            pending.result()
+            pending.wait()
 
     def close(self) -> None:
         """Wait, and let go of the copies."""
@@ -217,17 +215,28 @@ def describe(error: BaseException | None) -> str | None:
     return text if isinstance(error, OSError) and text else f"{type(error).__name__}: {text}"
 
 
-def in_thread(work: Callable[[], None]) -> Future[None]:
-    """Run something in a thread that does not keep the process alive."""
-    future: Future[None] = Future()
+class Background:
+    """Work in a thread of its own, which does not keep a failing process alive."""
 
-    def run() -> None:
+    def __init__(self, work: Callable[[], None]):
+        self._work = work
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="ul-scale-save", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
         try:
-            work()
+            self._work()
         except BaseException as error:
-            future.set_exception(error)
-        else:
-            future.set_result(None)
+            self._error = error
 
-    threading.Thread(target=run, name="ul-scale-save", daemon=True).start()
-    return future
+    @property
+    def failed(self) -> bool:
+        return not self._thread.is_alive() and self._error is not None
+
+    def wait(self) -> None:
+        """Return once the thread has ended; raise what it raised."""
+        # Joined, not only waited for: a thread in torch's code while the interpreter ends aborts the process.
+        self._thread.join()
+        if self._error is not None:
+            raise self._error

@@ -73,8 +73,12 @@ def _compiled(forward: Callable[..., Any], name: str, reported: set[str]) -> Cal
             chosen = forward
             if name not in reported:
                 reported.add(name)
-                cause = next(line for line in str(error).splitlines() if line.strip())
-                print(f"parallel.compile: {name} runs uncompiled ({cause.strip()})", file=sys.stderr)
+                inner = getattr(error, "inner_exception", error)  # what the compiler said
+                cause = next((line.strip() for line in str(inner).splitlines() if line.strip()), "")
+                print(
+                    f"parallel.compile: {name} runs uncompiled ({type(inner).__name__}: {cause})",
+                    file=sys.stderr,
+                )
             return forward(*args, **kwargs)
 
     return call

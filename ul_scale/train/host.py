@@ -10,9 +10,9 @@ class Host:
 
     Attributes:
         takes_signals: whether signals are ours to catch; a guest's code runs outside the main thread.
-        ends_when_stopped: whether to end after the save that a stop request asks for. Ray would take a
-            clean return for the end of the run and an exception for a failure: there, training goes on
-            until the process is torn down.
+        ends_when_stopped: whether to end after the save that follows a notice. Ray would take a clean return
+            for the end of the run and an exception for a failure: there, training goes on until the process
+            is torn down. A person's stop and a deadline end it in any case.
         notice: asked now and then on every rank, in the training thread and at the same steps; returns why
             to stop, or None.
         saved: told on every rank how many steps a complete checkpoint has.

@@ -16,7 +16,7 @@ from typing import Self
 import torch
 import torch.distributed as dist
 
-from ul_scale.checkpoint.attempts import attempt_numbers, attempt_path
+from ul_scale.checkpoint.attempts import attempt_numbers, attempt_path, is_alive
 from ul_scale.checkpoint.files import decode, read
 from ul_scale.parallel.engine import NOT_IDENTITY, Process
 from ul_scale.train.host import Host
@@ -270,6 +270,8 @@ def request_stop(run_dir: Path, reason: str) -> str:
     record = decode(read(attempt_path(run_dir, number)))
     if record.get("ended"):
         raise ValueError(f"{run_dir}: is not running; its attempt {number} has ended")
+    if is_alive(record) is False:
+        raise ValueError(f"{run_dir}: is not running; the process of its attempt {number} is gone")
     write_stop_file(run_dir, number, reason)
     return (
         f"{run_dir}: asked attempt {number} (process {record.get('pid')} on {record.get('host')}) to stop; "

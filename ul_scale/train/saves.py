@@ -1,12 +1,11 @@
 """What is saved when: checkpoints on schedule and on request, and snapshots of the averages."""
 
 from collections.abc import Callable
-from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
 from ul_scale.checkpoint.ema_snapshots import save_snapshot
-from ul_scale.checkpoint.saver import SaveFailed, Saver, describe, in_thread
+from ul_scale.checkpoint.saver import Background, SaveFailed, Saver, describe
 from ul_scale.config import RunConfig
 from ul_scale.parallel.engine import Engine
 from ul_scale.train.ema import Ema
@@ -16,6 +15,10 @@ from ul_scale.train.metrics import MetricsWriter
 from ul_scale.train.notices import Source
 from ul_scale.train.preemption import StopRequest, fits_notice, notice_in_force
 from ul_scale.train.throughput import Throughput
+
+
+ENDING = (Source.STOP_FILE, Source.DEADLINE)
+"""A person's stop, or the end of the run's time."""
 
 
 def training_state(engine: Engine, ema: Ema, completed: int, batch_size: int) -> dict[str, Any]:
@@ -40,7 +43,7 @@ class Saves:
     throughput: Throughput
     metrics: MetricsWriter | None
     log: Callable[[str], object]
-    _snapshot: Future[None] | None = None
+    _snapshot: Background | None = None
     _told: bool = False
 
     def save_if_due(self, completed: int) -> bool:
@@ -64,14 +67,15 @@ class Saves:
             self.health.settle()
             with self.throughput.saving():
                 self._save(completed)
-        return asked is not None and self.host.ends_when_stopped
+        # Under a launcher that restarts, a notice that a machine goes ends this life and not the run.
+        return asked is not None and (self.host.ends_when_stopped or asked.source in ENDING)
 
     def settle_before_commit(self) -> None:
         """Have on disk what a run that resumes from the checkpoint will not write again; on rank 0."""
         if self.metrics is not None:
             self.metrics.flush()
         if self._snapshot is not None:
-            self._snapshot.result()
+            self._snapshot.wait()
 
     def close(self) -> None:
         """Wait for what is in flight; raises what ``save_if_due`` does."""
@@ -117,15 +121,14 @@ class Saves:
             self._wait_for_snapshot(self._snapshot)
         samples_seen = completed * self.config.train.batch_size
         run_dir = self.saver.run_dir
-        self._snapshot = in_thread(lambda: save_snapshot(run_dir, completed, samples_seen, averages))
+        self._snapshot = Background(lambda: save_snapshot(run_dir, completed, samples_seen, averages))
 
     def _snapshot_failed(self) -> bool:
-        pending = self._snapshot
-        return pending is not None and pending.done() and pending.exception() is not None
+        return self._snapshot is not None and self._snapshot.failed
 
-    def _wait_for_snapshot(self, pending: Future[None]) -> None:
+    def _wait_for_snapshot(self, pending: Background) -> None:
         self._snapshot = None
         try:
-            pending.result()
+            pending.wait()
         except Exception as error:
             raise SaveFailed(f"a snapshot of the averages was not saved: {describe(error)}") from error

@@ -23,7 +23,8 @@ class Whereabouts:
         self._step, self._phase = 0, "starting"
         self._since, self._reported = time.monotonic(), False
         self._closed = threading.Event()
-        threading.Thread(target=self._watch, name="ul-scale-whereabouts", daemon=True).start()
+        self._thread = threading.Thread(target=self._watch, name="ul-scale-whereabouts", daemon=True)
+        self._thread.start()
 
     def at(self, step: int, phase: str) -> None:
         """Note what comes next: a step, counted from 0, and one of its phases."""
@@ -36,6 +37,7 @@ class Whereabouts:
 
     def close(self) -> None:
         self._closed.set()
+        self._thread.join()
 
     def _watch(self) -> None:
         while not self._closed.wait(min(5.0, self._timeout_s / 8)):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ul_scale.checkpoint import state, store
-from ul_scale.checkpoint.attempts import Attempt, RunBusy, start_attempt
+from ul_scale.checkpoint.attempts import Attempt, Fenced, RunBusy, start_attempt
 from ul_scale.checkpoint.average import load_average
 from ul_scale.checkpoint.saver import SaveFailed, Saver
 from ul_scale.config import BaseRun, RunConfig
@@ -72,21 +72,23 @@ def run(config: RunConfig, host: Host = PLAIN_PROCESS, *, profile: bool = False)
             return EXIT_DONE
         attempt, number = _begin_attempt(prepared.run_dir, process)
         whereabouts = Whereabouts(process, config.parallel.timeout_s)
+        life = Life(prepared, process, host, attempt, number, deadline, profile)
         try:
-            return _train(Life(prepared, process, host, attempt, number, deadline, profile), whereabouts)
+            code = _train(life, whereabouts)
         except (Diverged, SaveFailed) as error:
-            if process.rank == 0:
-                newest = store.latest_step(prepared.run_dir) or "none"
-                print(f"error: {error}; newest complete checkpoint: step {newest}", file=sys.stderr)
-            return EXIT_FAILED
+            newest = store.latest_step(prepared.run_dir) if process.rank == 0 else None
+            life.log(f"error: {error}; newest complete checkpoint: step {newest or 'none'}")
+            code = EXIT_FAILED
         except RuntimeError as error:
-            if process.world_size == 1 or isinstance(error, RunBusy | store.BrokenCheckpoint):
+            if process.world_size == 1 or isinstance(error, RunBusy | Fenced | store.BrokenCheckpoint):
                 raise
             raise RuntimeError(f"{whereabouts}: {error}") from error
         finally:
             whereabouts.close()
             if attempt is not None:
                 attempt.close()
+        # A launcher may end the other ranks when one has ended: rank 0 has closed its files by now.
+        return broadcast_object(code, process)
 
 
 @dataclass(frozen=True)
