@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -37,12 +38,13 @@ class Scene:
 
     def says(self, line: str, *expected: str) -> None:
         assert "\n" not in line and all(text in line for text in expected), line
-        self.said.append(line.replace(str(self.folder), "…"))
+        self.said.append(line.replace(str(self.folder), "…").replace(socket.gethostname(), "HOST"))
 
-    def line(self, output: str, *expected: str) -> None:
+    def finds(self, output: str, *expected: str) -> None:
         """Expect a line among others."""
-        (line,) = [line for line in output.splitlines() if expected[0] in line][:1] or [output]
-        self.says(line, *expected)
+        lines = [line for line in output.splitlines() if expected[0] in line]
+        assert lines, output
+        self.says(lines[0], *expected)
 
     def check_end(self, run_dir: Path) -> None:
         assert_bit_identical(run_dir, self.undisturbed)
@@ -101,7 +103,7 @@ def bucket_that_is_away_for_a_while(scene: Scene) -> None:
         return answers.pop() if answers and is_write_of(8, method, path) else None
 
     config, run_dir, _ = bucket(scene, refuse)
-    scene.line(Life(config).succeed(), "cannot upload", "503", "(try 1)")
+    scene.finds(Life(config).succeed(), "cannot upload", "503", "(try 1)")
     assert not answers
     scene.check_end(run_dir)
 
@@ -138,7 +140,7 @@ def truncated_newest_checkpoint(scene: Scene) -> None:
     shard = next(store.shard_dir(run_dir, 12).glob("*.distcp"))
     os.truncate(shard, shard.stat().st_size // 2)
     output = Life(config).succeed()
-    scene.line(output, "step 12 cannot be loaded", shard.name, "expected")
+    scene.finds(output, "step 12 cannot be loaded", shard.name, "expected")
     assert "resuming from step 8" in output
     scene.check_end(run_dir)
 
@@ -157,8 +159,8 @@ def checkpoint_of_another_config(scene: Scene) -> None:
     commit = run_dir / "checkpoints/step_00000016" / "COMMIT"  # as one of before COMMIT named the run
     commit.write_text(json.dumps({k: v for k, v in json.loads(commit.read_text()).items() if k != "run"}))
     output = Life(config).succeed()
-    scene.line(output, "step 16 cannot be loaded", "does not fit this code or config")
-    scene.line(output, "step 12 cannot be loaded", "it is of another run, tiny-")
+    scene.finds(output, "step 16 cannot be loaded", "does not fit this code or config")
+    scene.finds(output, "step 12 cannot be loaded", "it is of another run, tiny-")
     assert "resuming from step 8" in output
     scene.check_end(run_dir)
 

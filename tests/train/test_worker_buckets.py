@@ -1,4 +1,4 @@
-"""A whole run in a bucket, through the command line: killed, taken over, stopped; and what it leaves there."""
+"""A whole run in a bucket, through the command line: killed and taken over; and what it leaves there."""
 
 import json
 import os

@@ -16,7 +16,6 @@ from ul_scale.train.notices import Source
 from ul_scale.train.preemption import StopRequest, fits_notice, notice_in_force
 from ul_scale.train.throughput import Throughput
 
-
 ENDING = (Source.STOP_FILE, Source.DEADLINE)
 """A person's stop, or the end of the run's time."""
 

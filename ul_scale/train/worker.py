@@ -23,12 +23,12 @@ from ul_scale.parallel.engine import Engine, Process
 from ul_scale.parallel.mesh import broadcast_object, distributed
 from ul_scale.stages.autoencoder import AutoencoderStage
 from ul_scale.stages.base import BaseStage
-from ul_scale.stages.noise import draw_noise
+from ul_scale.stages.noise import NoiseSpec, draw_noise
 from ul_scale.train.ema import Ema
 from ul_scale.train.health import Diverged, StepHealth
 from ul_scale.train.host import PLAIN_PROCESS, Host
 from ul_scale.train.loop import Instruments, train
-from ul_scale.train.metrics import MetricsWriter, last_row, read_metrics
+from ul_scale.train.metrics import MetricsWriter, read_metrics
 from ul_scale.train.noise_bins import NoiseBins
 from ul_scale.train.notices import find_deadline
 from ul_scale.train.optim import build_optimizer
@@ -123,14 +123,22 @@ def _begin_attempt(run_dir: Path, process: Process) -> tuple[Attempt | None, int
     return attempt, broadcast_object(attempt.number if attempt else 0, process)
 
 
-def _train(life: Life, whereabouts: Whereabouts) -> int:
-    prepared, process = life.prepared, life.process
-    config, run_dir = prepared.config, prepared.run_dir
-    if life.attempt is not None:
-        write_provenance(prepared, life.number, process.world_size)
+@dataclass(frozen=True)
+class Built:
+    """A run's networks on this process, and what is known of them from before they were sharded."""
+
+    engine: Engine
+    ema: Ema
+    noise_spec: NoiseSpec
+    bins: NoiseBins
+    train_flops: int
+    """Of one image."""
+
+
+def _build(life: Life) -> Built:
+    prepared, process, config = life.prepared, life.process, life.prepared.config
     stage = _trained_stage(prepared, process)
-    noise_spec, bins = stage.noise_spec, NoiseBins(stage.timed_losses)
-    train_flops = training_flops(stage.forward_flops())
+    noise_spec, bins, flops = stage.noise_spec, NoiseBins(stage.timed_losses), stage.forward_flops()
     engine = build_engine(
         config.parallel,
         stage,
@@ -140,73 +148,48 @@ def _train(life: Life, whereabouts: Whereabouts) -> int:
         process=process,
         samples_per_rank=prepared.samples_per_rank,
     )
-    ema = Ema(config.ema, engine.parameters)
-    start_step = resume(engine, ema, life)
-    slots = lane_slots(prepared.plan.lanes, process.rank, process.world_size)
+    return Built(engine, Ema(config.ema, engine.parameters), noise_spec, bins, training_flops(flops))
+
+
+def _train(life: Life, whereabouts: Whereabouts) -> int:
+    prepared, process = life.prepared, life.process
+    config, run_dir, plan = prepared.config, prepared.run_dir, prepared.plan
+    if life.attempt is not None:
+        write_provenance(prepared, life.number, process.world_size)
+    built = _build(life)
+    start_step = resume(built.engine, built.ema, life)
+    slots = lane_slots(plan.lanes, process.rank, process.world_size)
 
     def noise_at(step: int) -> dict[str, Tensor]:
         return draw_noise(
-            noise_spec,
+            built.noise_spec,
             seed=config.seed,
             step=step,
             lanes=[slot.lane for slot in slots],
-            lane_size=prepared.plan.lane_batch_size,
+            lane_size=plan.lane_batch_size,
             batch_size=config.train.batch_size,
             device=process.device,
         )
 
     with contextlib.ExitStack() as stack:
-        batches = LaneStream(prepared.index, prepared.plan, config.data, slots).batches(start_step)
+        batches = LaneStream(prepared.index, plan, config.data, slots).batches(start_step)
         stack.callback(batches.close)
         stop = stack.enter_context(_stop_request(life))
         metrics = stack.enter_context(_metrics(life, start_step))
-        log = metrics.event if metrics is not None else lambda line: None
-        earlier = last_row(run_dir) or {}
-        if earlier.get("save_s"):
-            stop.measured_save(earlier["save_s"])
-        saver = Saver(
-            run_dir,
-            life.attempt,
-            life.number,
-            config.checkpoint,
-            process,
-            saved=life.host.saved,
-        )
-        throughput = Throughput(
-            start_step,
-            config.train.batch_size,
-            process=process,
-            train_flops=train_flops,
-            precision=config.train.precision,
-        )
-        log(describe_peak(process.device, config.train.precision))
-        skipped = broadcast_object(skipped_before(run_dir, start_step), process)
-        health = StepHealth(config.train.max_skipped_in_a_row, process, skipped, log)
-        saves = Saves(config, engine, ema, saver, stop, health, life.host, throughput, metrics, log)
-        saver.before_commit = saves.settle_before_commit
+        saves, watch = _instruments(life, built, start_step, stop, metrics, whereabouts, stack)
         finished = train(
             config.train,
             config.optim,
             seed=config.seed,
-            engine=engine,
-            ema=ema,
+            engine=built.engine,
+            ema=built.ema,
             batches=batches,
             noise_at=noise_at,
             accumulation_steps=config.parallel.accumulation_steps,
             process=process,
             start_step=start_step,
             save_if_due=saves.save_if_due,
-            watch=Instruments(
-                throughput=throughput,
-                bins=bins,
-                health=health,
-                whereabouts=whereabouts,
-                metrics=metrics,
-                counters=saves.counters,
-                profile_step=stack.enter_context(
-                    profiler(life.profile, run_dir, life.number, process, start_step, log)
-                ),
-            ),
+            watch=watch,
         )
         saves.close()
     if not finished:
@@ -215,6 +198,43 @@ def _train(life: Life, whereabouts: Whereabouts) -> int:
     if life.attempt is not None:
         store.write_success(run_dir, config.train.last_step, life.attempt)
     return EXIT_DONE
+
+
+def _instruments(
+    life: Life,
+    built: Built,
+    start_step: int,
+    stop: StopRequest,
+    metrics: MetricsWriter | None,
+    whereabouts: Whereabouts,
+    stack: contextlib.ExitStack,
+) -> tuple[Saves, Instruments]:
+    """Return what saves a run and what watches it."""
+    config, process, run_dir = life.prepared.config, life.process, life.prepared.run_dir
+
+    def log(line: str) -> None:
+        if metrics is not None:
+            metrics.event(line)
+
+    log(describe_peak(process.device, config.train.precision))
+    earlier = [row for row in read_metrics(run_dir) if row["step"] <= start_step] if start_step else []
+    last = broadcast_object(earlier[-1] if earlier else {}, process)
+    if last.get("save_s"):
+        stop.measured_save(last["save_s"])
+    throughput = Throughput(
+        start_step,
+        config.train.batch_size,
+        process=process,
+        train_flops=built.train_flops,
+        precision=config.train.precision,
+    )
+    health = StepHealth(config.train.max_skipped_in_a_row, process, last.get("skipped_steps", 0), log)
+    saver = Saver(run_dir, life.attempt, life.number, config.checkpoint, process, saved=life.host.saved)
+    saves = Saves(config, built.engine, built.ema, saver, stop, health, life.host, throughput, metrics, log)
+    saver.before_commit = saves.settle_before_commit
+    profile_step = stack.enter_context(profiler(life.profile, run_dir, life.number, process, start_step, log))
+    watch = Instruments(throughput, built.bins, health, whereabouts, metrics, saves.counters, profile_step)
+    return saves, watch
 
 
 @contextlib.contextmanager
@@ -273,12 +293,6 @@ def _measure_std(encoder: nn.Module, prepared: Prepared) -> float:
     """Return the std of the latents of the first samples, over all entries."""
     batches = iterate(prepared.index, prepared.config.data, stop=Z_STD_SAMPLES, batch_size=64)
     return float(torch.cat([encoder(batch["x"]).flatten() for batch in batches]).std())
-
-
-def skipped_before(run_dir: Path, start_step: int) -> int:
-    """Return how many steps the run had skipped when it was at ``start_step``, as its metrics have it."""
-    rows = [row for row in read_metrics(run_dir) if row["step"] <= start_step] if start_step else []
-    return rows[-1].get("skipped_steps", 0) if rows else 0
 
 
 def resume(engine: Engine, ema: Ema, life: Life) -> int:
