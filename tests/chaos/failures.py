@@ -170,12 +170,15 @@ def started_at_the_same_instant(scene: Scene) -> None:
     run_dir = run_dir_of(config)
     for life in (1, 2):
         rivals = [Life(config, slow_s=SLOW_S) for _ in range(3)]
-        while len(left := [rival for rival in rivals if not rival.ended]) > 1:
-            time.sleep(0.01)
-        (winner,) = left
+        while newest_attempt(run_dir) < life:
+            time.sleep(0.001)
+        owner = json.loads(attempt_path(run_dir, life).read_text())["pid"]
+        os.kill(owner, signal.SIGSTOP)  # or it might be done before the others have asked
+        (winner,) = [rival for rival in rivals if rival.process.pid == owner]
         for rival in rivals:
             if rival is not winner:
-                scene.says(rival.error(), f"is in use by attempt {life}, process {winner.process.pid} ")
+                scene.says(rival.error(), f"is in use by attempt {life}, process {owner} ")
+        os.kill(owner, signal.SIGCONT)
         assert newest_attempt(run_dir) == life
         if life == 1:
             assert winner.until(lambda: store.latest_step(run_dir)), winner.output()
@@ -187,11 +190,8 @@ def started_at_the_same_instant(scene: Scene) -> None:
 def late_write_of_a_dead_attempt(scene: Scene) -> None:
     config = scene.config()
     run_dir = run_dir_of(config)
-    asleep = Life(config, slow_s=3 * SLOW_S)
-    step_dir = run_dir / "checkpoints" / "step_00000008"
-    assert asleep.until(lambda: list(step_dir.glob(".COMMIT.*"))), asleep.output()
-    asleep.process.send_signal(signal.SIGSTOP)
-    assert not (step_dir / "COMMIT").exists()
+    asleep = Life(config, stop_before="step_00000008/COMMIT")
+    assert asleep.until(lambda: asleep.stopped), asleep.output()
     on_another_host(attempt_path(run_dir, 1))
     heir = Life(config, patience_s=1.0)
     assert heir.until(lambda: read_attempts(run_dir).get(2, {}).get("resumes_from")), heir.output()

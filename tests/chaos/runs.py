@@ -70,18 +70,17 @@ class Life:
         overrides: of the config.
         processes: if more than one, under torchrun with engine fsdp.
         slow_s: drawn out by so many seconds for each file operation of checkpoints.
+        stop_before: stops, as if by SIGSTOP, before it links a file whose path ends so.
         patience_s: with a heartbeat that stands still, in place of two minutes.
     """
 
-    def __init__(
-        self, config: Path, *overrides, processes: int = 1, slow_s: float = 0, patience_s: float = 0
-    ):
+    def __init__(self, config: Path, *overrides, processes=1, slow_s=0.0, stop_before="", patience_s=0.0):
         command = [sys.executable]
         if processes > 1:
             command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
             overrides += ("parallel.engine=fsdp",)
         changes = {"CHAOS_SLOW_S": slow_s, "CHAOS_PATIENCE_S": patience_s, "OMP_NUM_THREADS": 1}
-        changes |= {"PYTHONPATH": REPOSITORY}
+        changes |= {"CHAOS_STOP_BEFORE": stop_before, "PYTHONPATH": REPOSITORY}
         self._output = tempfile.TemporaryFile("w+")
         self.process = subprocess.Popen(
             [*command, str(SUBJECT), "train", str(config), *overrides],
@@ -103,6 +102,10 @@ class Life:
             assert time.monotonic() < deadline, self.output()
             time.sleep(0.001)
         return True
+
+    @property
+    def stopped(self) -> bool:
+        return Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
 
     def ranks(self) -> list[int]:
         """Return the process ids of torchrun's ranks, in order."""

@@ -144,7 +144,9 @@ def torchrun_life(config: Path, processes: int, victims: str, steps: int, jitter
     for pid in {"rank 0": ranks[:1], "rank 1": ranks[1:2], "agent": [agent], "all": [agent, *ranks]}[victims]:
         os.kill(pid, signal.SIGKILL)
     assert life.wait() != 0
-    if victims == "agent":  # its ranks go on, and are not joined by others
+    if victims == "agent":  # its ranks live on, and nobody may join them
+        for pid in ranks:
+            os.kill(pid, signal.SIGSTOP)  # or they might be done before
         refused = Life(config, processes=processes)
         assert refused.wait() == 1 and "is in use by attempt" in refused.output()
         for pid in ranks:
