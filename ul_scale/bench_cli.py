@@ -9,7 +9,18 @@ import typer
 
 bench_app = typer.Typer(no_args_is_help=True, help="Measure loop, checkpoints and models on this machine.")
 
-JsonFile = Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")]
+
+def _in_a_folder(path: Path | None) -> Path | None:
+    # Found out now rather than after minutes of measuring.
+    if path is not None and not path.absolute().parent.is_dir():
+        raise ValueError(f"--json is {path}; expected a file in an existing folder")
+    return path
+
+
+JsonFile = Annotated[
+    Path | None,
+    typer.Option("--json", callback=_in_a_folder, help="Also write the figures to this file."),
+]
 
 
 def _say(line: str) -> None:
@@ -137,6 +148,8 @@ def model(
     if not smoke:
         settings = bench.Settings(batch_size=batch_size, steps=steps, rounds=rounds, compiled=compiled)
     if size:
+        if min(size) <= 0:
+            raise ValueError(f"--size is {min(size):g}; expected forward GFLOPs above 0")
         settings = dataclasses.replace(settings, sizes_gflops=tuple(size))
     rows = bench.measure(settings, process, _say)
     print(bench.table(rows))

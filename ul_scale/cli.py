@@ -12,8 +12,9 @@ from typing import Annotated  # noqa: E402
 import typer  # noqa: E402
 from rich.console import Console  # noqa: E402
 
+from ul_scale.bench_cli import bench_app  # noqa: E402
 from ul_scale.checkpoint.attempts import Fenced, RunBusy  # noqa: E402
-from ul_scale.checkpoint.store import BrokenCheckpoint  # noqa: E402
+from ul_scale.checkpoint.transfer import BrokenCheckpoint, SaveFailed  # noqa: E402
 from ul_scale.checkpoint_cli import checkpoint_app  # noqa: E402
 
 EXIT_FAILED, EXIT_BAD_INPUT = 1, 2
@@ -30,6 +31,7 @@ sweep_app = typer.Typer(no_args_is_help=True, help="Plan, run and report scaling
 app.add_typer(data_app, name="data")
 app.add_typer(sweep_app, name="sweep")
 app.add_typer(checkpoint_app, name="checkpoint")
+app.add_typer(bench_app, name="bench")
 
 ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file.", show_default=False)]
 Overrides = Annotated[
@@ -211,7 +213,7 @@ def main() -> None:
     """Run a command. What a user can mend ends in one line; UL_SCALE_TRACEBACK=1 shows where it came from."""
     try:
         app()
-    except (ValueError, OSError, ImportError, RunBusy, Fenced, BrokenCheckpoint) as error:
+    except (ValueError, OSError, ImportError, RunBusy, Fenced, BrokenCheckpoint, SaveFailed) as error:
         if os.environ.get("UL_SCALE_TRACEBACK"):
             raise
         Console(stderr=True, soft_wrap=True, highlight=False).print(

@@ -36,11 +36,13 @@ def test_nearest_size(target):
     assert abs(found**2 - target) == min(abs(square - target) for square in squares)
 
 
-def test_width_comes_near_its_target():
-    settings = model.Settings()
-    width = model.base_width(100, settings)
-    assert width % 128 == 0
-    assert model.base_gflops(model.base_net(width), settings.latent_shape) == pytest.approx(100, rel=0.1)
+def test_base_models_have_the_flops_of_their_blocks():
+    def blocks(number: int, tokens: int, width: int) -> int:
+        return number * (2 * tokens * 12 * width**2 + 4 * tokens**2 * width)
+
+    expected = blocks(6, 32 * 32, 384) + blocks(16, 16 * 16, 768)
+    # Stem, head, changes of resolution and conditioning add little.
+    assert model.base_gflops(model.base_net(768), (32, 32, 32)) == pytest.approx(expected / 1e9, rel=0.02)
 
 
 def test_batch_is_halved_until_it_fits():
@@ -86,3 +88,15 @@ def test_smoke_command(tmp_path):
 def test_a_gpu_is_asked_for():
     with pytest.raises(ValueError, match="no GPU"):
         CliRunner().invoke(bench_app, ["model"], catch_exceptions=False)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--size", "-1"], "--size is -1; expected forward GFLOPs above 0"),
+        (["--json", "no/such/folder.json"], "--json is no/such/folder.json; expected a file in an existing"),
+    ],
+)
+def test_bad_options_are_named(args, message):
+    with pytest.raises(ValueError, match=message):
+        CliRunner().invoke(bench_app, ["model", "--smoke", *args], catch_exceptions=False)

@@ -35,7 +35,7 @@ memory_bytes save_s attempt""".split()
 STARTING, RESUMING, TRAINING = "before the attempt exists", "resuming (verifying, loading)", "training"
 SHARDS, BEFORE_COMMIT = "writing shards", "between last shard and COMMIT"
 AFTER_COMMIT, CLEANING = "between COMMIT and clean-up", "cleaning up"
-AIMED = (RESUMING, SHARDS, BEFORE_COMMIT, AFTER_COMMIT, CLEANING)
+AIMED = (RESUMING, TRAINING, SHARDS, BEFORE_COMMIT, AFTER_COMMIT, CLEANING)
 
 STEPS, EVERY_STEPS, KEEP_LAST = 120, 6, 2
 TEMPLATE = AUTOENCODER | {

@@ -24,6 +24,7 @@ def draw_out(event: str, args: tuple) -> None:
         time.sleep(SLOW_S)
         if STOP_BEFORE and event == "os.link" and str(args[1]).endswith(STOP_BEFORE):
             os.kill(os.getpid(), signal.SIGSTOP)
+            time.sleep(0.5)  # the signal may meet another thread first
 
 
 if __name__ == "__main__":

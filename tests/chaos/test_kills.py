@@ -18,6 +18,7 @@ from chaos.runs import (
     SLOW_S,
     STEPS,
     TEMPLATE,
+    TRAINING,
     Life,
     assert_bit_identical,
     newest_attempt,
@@ -34,6 +35,8 @@ from ul_scale.checkpoint import store
 
 EPISODES, RANDOM_KILLS = 4, 3
 RANDOM = "anywhere"
+UP_TO_S = {RESUMING: 10 * SLOW_S, TRAINING: 1.0}
+"""How long after its beginning a phase is hit; two file operations where it is not said."""
 LOSS_TOLERANCE, STATE_TOLERANCE = 1e-4, 1e-4
 
 
@@ -50,11 +53,11 @@ def kill_once(config: Path, run_dir: Path, aim: str, rng: random.Random, startup
     before = newest_attempt(run_dir)
     life = Life(config, slow_s=SLOW_S)
     if aim == RANDOM:
-        moment = time.monotonic() + rng.uniform(0, 1.6 * startup_s)
+        moment = time.monotonic() + rng.uniform(0, 2.5 * startup_s)
         hit = life.until(lambda: time.monotonic() >= moment)
     else:
         hit = life.until(lambda: phase(run_dir, before) == aim)
-        time.sleep(rng.uniform(0, 2 * SLOW_S if aim != RESUMING else 10 * SLOW_S))
+        time.sleep(rng.uniform(0, UP_TO_S.get(aim, 2 * SLOW_S)))
     if not hit:
         life.succeed()
         return None

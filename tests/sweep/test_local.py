@@ -144,8 +144,14 @@ def check_report(folder, expected):
 
 def test_a_failed_run_is_reported_and_what_is_there_stays(undisturbed):
     path, _ = undisturbed
-    broken = (ONE[0], "sizes=[tiny-s,tiny-m]", "size_overrides={tiny-m: ['optim.lr=1e30','train.max_skipped_in_a_row=2']}")
+    broken = (
+        ONE[0],
+        "sizes=[tiny-s,tiny-m]",
+        "size_overrides={tiny-m: ['optim.lr=1e30','train.max_skipped_in_a_row=2']}",
+    )
     code, output = finish(start("run", path, *broken))
     assert code == 1
-    assert "not finite in 2 steps in a row" in output and "not started" in output and "2 parts failed" in output
+    assert (
+        "not finite in 2 steps in a row" in output and "not started" in output and "2 parts failed" in output
+    )
     assert measured(path, *broken) == measured(path, *ONE)

@@ -114,7 +114,7 @@ def check_room(gigabytes: float, root: Path, device: torch.device) -> None:
     Raises:
         ValueError: in one line, what is needed and what there is.
     """
-    # Beside the state: gradients and a second set while a layer's are made; the staged copy is the host's.
+    # Gradients beside the state, and as much again for activations and what the optimizer needs meanwhile.
     training, staged = (STATE_COPIES + 2) * gigabytes, STATE_COPIES * gigabytes
     needs = {"memory": training + staged}
     free = {"memory": _free_memory() / 1e9}
@@ -165,8 +165,7 @@ def measure(
     commits: list[float] = []
     try:
         with one_thread(work.process.device):
-            saved = _note_into(commits)
-            with our_loop(work, run_dir, saved) as loop:
+            with our_loop(work, run_dir, lambda completed: commits.append(time.monotonic())) as loop:
                 loop.run(1)
                 result.first_save_s = sync_save(loop)
                 say(f"first save, which also allocates the staging copy: {result.first_save_s:.2f} s")
@@ -183,10 +182,6 @@ def measure(
     finally:
         remove_tree(run_dir)
     return result
-
-
-def _note_into(commits: list[float]) -> Callable[[int], None]:
-    return lambda completed: commits.append(time.monotonic())
 
 
 @contextmanager

@@ -2,12 +2,12 @@
 
 import bisect
 import dataclasses
+import functools
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -134,6 +134,7 @@ def _dit_flops(model: nn.Module, heads: int, settings: Settings) -> int:
 
 def nearest_size(gflops_of: Callable[[int], float], target: float) -> int:
     """Return the number from 1 on whose GFLOPs, which rise with it, come nearest to a target."""
+    gflops_of = functools.cache(gflops_of)
     high = 1
     while gflops_of(high) < target:
         high *= 2
@@ -219,16 +220,21 @@ def contestants(settings: Settings, process: Process) -> Iterator[tuple[str, Mak
             precision=settings.precision,
             compiled=settings.compiled,
         )
-        yield f"ours, base {width // 2}/{width}", partial(ours, config, facts, process)
+        yield f"ours, base {width // 2}/{width}", functools.partial(ours, config, facts, process)
         heads = nearest_size(lambda n: dit_gflops(n, settings), target)
         rivals: dict[str, Callable[[int, Settings], nn.Module]] = {"DiT": _dit}
         if find_spec("diffusers"):
             rivals["diffusers"] = Diffusers
         for name, make in rivals.items():
             label = f"{name} {HEAD_DIM * heads} × {settings.dit_depth}, plain loop"
-            yield label, partial(plain, partial(make, heads, settings), heads, settings, process.device)
+            yield (
+                label,
+                functools.partial(
+                    plain, functools.partial(make, heads, settings), heads, settings, process.device
+                ),
+            )
     name = f"ours, stage 1 at {settings.image_size} px"
-    yield name, partial(ours, autoencoder_config(settings), None, process)
+    yield name, functools.partial(ours, autoencoder_config(settings), None, process)
 
 
 def autoencoder_config(settings: Settings) -> RunConfig:

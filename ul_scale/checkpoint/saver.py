@@ -17,12 +17,9 @@ from ul_scale.checkpoint import store, transfer
 from ul_scale.checkpoint.attempts import Attempt, Fenced
 from ul_scale.checkpoint.files import is_local, remove_tree
 from ul_scale.checkpoint.store import CheckpointConfig, FileInfo
+from ul_scale.checkpoint.transfer import SaveFailed
 from ul_scale.parallel.engine import Process
 from ul_scale.parallel.mesh import gather_objects
-
-
-class SaveFailed(RuntimeError):
-    """A checkpoint could not be written; the ones before it are as they were."""
 
 
 class Saver:

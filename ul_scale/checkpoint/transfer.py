@@ -34,6 +34,10 @@ class BrokenCheckpoint(RuntimeError):
     """A file of a checkpoint is missing, or is not the one that was saved."""
 
 
+class SaveFailed(RuntimeError):
+    """A checkpoint could not be written; the ones before it are as they were."""
+
+
 class FileInfo(TypedDict):
     size: int
     sha256: str

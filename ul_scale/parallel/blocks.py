@@ -5,6 +5,7 @@ Both replace the block's ``forward`` in place, so that modules and parameters ke
 
 import functools
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -60,6 +61,9 @@ def _checkpointed(forward: Callable[..., Any], mode: str) -> Callable[..., Any]:
 def _compiled(forward: Callable[..., Any], name: str, reported: set[str]) -> Callable[..., Any]:
     """Return ``forward`` compiled at its first call, or itself from then on where that fails."""
     from torch._dynamo.exc import TorchDynamoException
+
+    # Rotary positions are traced anew, as they should be.
+    warnings.filterwarnings("ignore", message="Dynamo detected a call to a `functools.lru_cache`")
 
     chosen = torch.compile(forward, fullgraph=True)
 

@@ -48,12 +48,13 @@ def draw_noise(
         offset = keyed.uniform(seed, f"t/{purpose}/offset", step)
         strata_f = torch.as_tensor(strata.ravel(), dtype=torch.float32, device=device)
         noise[f"t/{purpose}"] = stratified_t(offset, strata_f, batch_size)
+    generator = torch.Generator(device=device)
     for purpose, shape in spec.eps.items():
         noise[f"eps/{purpose}"] = torch.cat(
             [
                 torch.randn(
                     (lane_size, *shape),
-                    generator=keyed.generator(device, seed, f"eps/{purpose}", step, lane),
+                    generator=generator.manual_seed(keyed.seed_of(seed, f"eps/{purpose}", step, lane) >> 1),
                     device=device,
                 )
                 for lane in lanes

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ul_scale.checkpoint.ema_snapshots import save_snapshot
-from ul_scale.checkpoint.saver import Background, SaveFailed, Saver, describe
+from ul_scale.checkpoint.saver import Background, Saver, describe
+from ul_scale.checkpoint.transfer import SaveFailed
 from ul_scale.config import RunConfig
 from ul_scale.parallel.engine import Engine
 from ul_scale.train.ema import Ema

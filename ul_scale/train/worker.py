@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from ul_scale.checkpoint import state, store
 from ul_scale.checkpoint.attempts import Attempt, Fenced, RunBusy, start_attempt
 from ul_scale.checkpoint.average import load_average
-from ul_scale.checkpoint.saver import SaveFailed, Saver
+from ul_scale.checkpoint.saver import Saver
+from ul_scale.checkpoint.transfer import SaveFailed
 from ul_scale.config import BaseRun, RunConfig
 from ul_scale.data.plan import lane_slots
 from ul_scale.data.stream import LaneStream, iterate
