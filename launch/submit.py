@@ -17,7 +17,7 @@ import torch
 from launch.backends import local, ray_train
 from ul_scale import config as configs
 from ul_scale.sweep.command import run as run_sweep
-from ul_scale.train.prepare import describe, prepare
+from ul_scale.train.prepare import check_resumable, describe, prepare
 
 EXAMPLES = """\
 examples:
@@ -100,6 +100,7 @@ def check_local(config: str, overrides: list[str], processes: int, *, show: bool
     if 0 < gpus < processes:
         raise ValueError(f"--processes {processes}: this machine has {gpus} GPUs; expected at most {gpus}")
     prepared = prepare(resolved, processes)
+    check_resumable(prepared)
     if show:
         print(describe(prepared))
     return kind

@@ -27,7 +27,7 @@ from ul_scale.checkpoint import store
 from ul_scale.config import RunConfig
 from ul_scale.data.plan import lane_slots
 from ul_scale.parallel.build import check_layout
-from ul_scale.train.prepare import Prepared, prepare
+from ul_scale.train.prepare import Prepared, check_resumable, prepare
 from ul_scale.train.prepare import describe as describe_run
 
 if TYPE_CHECKING:
@@ -124,6 +124,7 @@ def check(config: RunConfig, options: Options) -> Prepared:
             "--gpus-per-worker 0, or --address of a cluster"
         )
     prepared = prepare(config, high)
+    check_resumable(prepared)
     for count in range(low, high):
         try:
             check_layout(config.parallel, count, samples_each(prepared, count))

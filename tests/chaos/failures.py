@@ -38,7 +38,9 @@ class Scene:
 
     def says(self, line: str, *expected: str) -> None:
         assert "\n" not in line and all(text in line for text in expected), line
-        self.said.append(line.replace(str(self.folder), "…").replace(socket.gethostname(), "HOST"))
+        self.said.append(
+            line.replace(str(self.folder), "…").replace(f" on {socket.gethostname()}:", " on HOST:")
+        )
 
     def finds(self, output: str, *expected: str) -> None:
         """Expect a line among others."""

@@ -342,7 +342,7 @@ def test_layout(run_dir: Path, dead: None):
     save(run_dir, attempt, 12000)
     said = json.loads(commit_file(run_dir, 12000).read_text())
     assert commit_file(run_dir, 12000).parent.name == "step_00012000"
-    assert said == {"attempt": 1, "step": 12000, "files": said["files"]}
+    assert said == {"run": run_dir.name, "attempt": 1, "step": 12000, "files": said["files"]}
     data = content(12000, SHARDS[0])
     assert said["files"][SHARDS[0]] == {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     assert set(said["files"]) == set(SHARDS)

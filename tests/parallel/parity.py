@@ -31,7 +31,7 @@ WORLD_SIZES = (1, 2, 3, 4)
 ACCUMULATION_STEPS = (1, 2)
 ACTIVATION_CHECKPOINTING = ("none", "selective", "full")
 BATCH_SIZE, STEPS = 24, 20
-LOSS_TOLERANCE, PARAMETER_TOLERANCE = 2e-5, 2e-4
+LOSS_TOLERANCE, PARAMETER_TOLERANCE = 5e-6, 1e-4
 """Relative, of each step's loss and gradient norm; absolute, of parameters, which may move by 0.02."""
 
 

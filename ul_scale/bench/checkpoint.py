@@ -199,7 +199,8 @@ def one_thread(device: torch.device) -> Iterator[None]:
 def begin_save(loop: OurLoop) -> None:
     work = loop.work
     batch_size = work.config.train.batch_size
-    loop.saver.save(training_state(work.engine, work.ema, work.completed, batch_size), work.completed)
+    state = training_state(work.engine, work.ema, work.completed, batch_size, skipped_steps=0)
+    loop.saver.save(state, work.completed)
 
 
 def sync_save(loop: OurLoop) -> float:

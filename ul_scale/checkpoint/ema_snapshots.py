@@ -138,13 +138,20 @@ def save_snapshot(
         run_dir: the run's directory.
         step: completed steps.
         samples_seen: samples until then.
-        averages: ``{power-…: {parameter: average}}``, on the CPU, as ``compact`` returns them.
+        averages: ``{power-…: {parameter: average}}``, fp32, on the CPU.
+
+    Raises:
+        FloatingPointError: if an average is not finite.
     """
     from safetensors.torch import save
 
     if step in snapshot_steps(run_dir):
         return
-    tensors = {f"{name}/{key}": value for name, average in averages.items() for key, value in average.items()}
+    tensors = {
+        f"{name}/{key}": value
+        for name, average in averages.items()
+        for key, value in compact(average).items()
+    }
     metadata = {
         "step": str(step),
         "samples_seen": str(samples_seen),

@@ -1,6 +1,7 @@
 """Saves that training does not wait for: copied in memory, then written, sent and committed in a thread."""
 
 import contextlib
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -19,7 +20,10 @@ from ul_scale.checkpoint.files import is_local, remove_tree
 from ul_scale.checkpoint.store import CheckpointConfig, FileInfo
 from ul_scale.checkpoint.transfer import SaveFailed
 from ul_scale.parallel.engine import Process
-from ul_scale.parallel.mesh import gather_objects
+from ul_scale.parallel.mesh import cpu_group, gather_objects
+
+SLACK_S = 1800.0
+"""Beyond the uploads' budget: one rank may write to a slow disk while the others wait for its outcome."""
 
 
 class Saver:
@@ -46,14 +50,14 @@ class Saver:
         self.run_dir, self.attempt, self.number = run_dir, attempt, number
         self.config, self.process = config, process
         self.saved = saved
-        self.before_commit: Callable[[], None] | None = None
+        self.before_commit: Callable[[int], None] | None = None
         """Called in the thread of rank 0 before each COMMIT."""
         self.stall_s = 0.0
         """Seconds that training has stood still for saves."""
         self.last_save_s: float | None = None
         """Seconds from the beginning of the last complete save to its commit."""
         # The thread's collectives must not meet those of training.
-        self._group = dist.new_group(backend="gloo") if process.world_size > 1 else None
+        self._group = cpu_group(config.upload_budget_s + SLACK_S, process)
         cuda = process.device.type == "cuda"
         self._stager = DefaultStager(
             StagingOptions(
@@ -87,17 +91,19 @@ class Saver:
         """
         began = time.monotonic()
         self.wait()
-        resources = contextlib.ExitStack()
-        scratch = None
-        if save_files is not None or not is_local(self.run_dir):
-            scratch = resources.enter_context(transfer.scratch(self.config.scratch, local_bytes(state)))
-        if save_files is not None and scratch is not None:
-            save_files(scratch)
+        resources, scratch, error = contextlib.ExitStack(), None, None
+        try:
+            if save_files is not None or not is_local(self.run_dir):
+                scratch = resources.enter_context(transfer.scratch(self.config.scratch, local_bytes(state)))
+            if save_files is not None and scratch is not None:
+                save_files(scratch)
+        except OSError as caught:  # such as a full disk, on this rank alone: the thread tells the others
+            error = caught
         staged = cast(dict[str, Any], self._stager.stage(state))
 
         def work() -> None:
             with resources:
-                self._write(staged, completed, scratch, checkpoint_format)
+                self._write(staged, completed, scratch, checkpoint_format, error)
             self.last_save_s = time.monotonic() - began
             if self.saved is not None:
                 self.saved(completed)
@@ -124,19 +130,25 @@ class Saver:
             self._stager.close()
 
     def _write(
-        self, staged: dict[str, Any], completed: int, scratch: Path | None, checkpoint_format: str
+        self,
+        staged: dict[str, Any],
+        completed: int,
+        scratch: Path | None,
+        checkpoint_format: str,
+        error: Exception | None,
     ) -> None:
         """Write, upload and commit; ends the same way on every rank."""
         directory = store.checkpoint_dir(self.run_dir, completed, self.number, create=False)
         try:
-            self._on_rank_0(lambda: store.checkpoint_dir(self.run_dir, completed, self.number))
-            error, files = None, dict[str, FileInfo]()
+            errors = gather_objects(describe(error), self.process, self._group)
+            self._on_rank_0(lambda: self._begin(completed, errors), completed)
+            files = dict[str, FileInfo]()
             try:
                 files = self._write_shards(staged, directory, scratch)
             except Exception as caught:
                 error = caught
             outcomes = gather_objects((files, describe(error)), self.process, self._group)
-            self._on_rank_0(lambda: self._commit(completed, outcomes, checkpoint_format))
+            self._on_rank_0(lambda: self._commit(completed, outcomes, checkpoint_format), completed)
         except (SaveFailed, Fenced):
             raise
         except Exception as error:  # of a collective: the other ranks are gone
@@ -158,38 +170,66 @@ class Saver:
             files |= store.hash_files(directory, prefixes=states.own_files(directory))
         return files
 
+    def _begin(self, completed: int, errors: list[str | None]) -> None:
+        refuse(completed, errors)
+        store.checkpoint_dir(self.run_dir, completed, self.number)
+
     def _commit(
         self, completed: int, outcomes: list[tuple[dict[str, FileInfo], str | None]], checkpoint_format: str
     ) -> None:
         assert self.attempt is not None
-        errors = [(rank, error) for rank, (_, error) in enumerate(outcomes) if error is not None]
-        if errors:
-            remove_tree(store.checkpoint_dir(self.run_dir, completed, self.number, create=False))
-            rank, error = errors[0]
-            raise SaveFailed(f"step {completed} was not saved: {error} (rank {rank})")
+        try:
+            refuse(completed, [error for _, error in outcomes])
+        except SaveFailed:
+            with contextlib.suppress(OSError):  # what was written in vain may fill the disk
+                remove_tree(store.checkpoint_dir(self.run_dir, completed, self.number, create=False))
+            raise
         files = {name: info for part, _ in outcomes for name, info in part.items()}
         if self.before_commit is not None:
-            self.before_commit()
+            self.before_commit(completed)
         store.commit(self.run_dir, completed, self.attempt, files, format=checkpoint_format)
         config = self.config
-        store.clean(self.run_dir, self.attempt, config.keep_last, config.keep_steps, config.keep_every_steps)
+        try:
+            store.clean(
+                self.run_dir, self.attempt, config.keep_last, config.keep_steps, config.keep_every_steps
+            )
+        except OSError as error:
+            print(f"old checkpoints were not removed: {describe(error)}", file=sys.stderr)
 
-    def _on_rank_0(self, work: Callable[[], object]) -> None:
+    def _on_rank_0(self, work: Callable[[], object], completed: int) -> None:
         """Run something on rank 0 alone; what it raises is raised on every rank."""
         failure: tuple[type[RuntimeError], str] | None = None
         if self.process.rank == 0:
             try:
                 work()
-            except (SaveFailed, Fenced) as error:
-                failure = type(error), str(error)
             except Exception as error:
-                failure = SaveFailed, f"{describe(error)}"
+                failure = self._verdict(error, completed)
         if self.process.world_size > 1:
             box = [failure]
             dist.broadcast_object_list(box, src=0, group=self._group, device=torch.device("cpu"))
             failure = box[0]
         if failure is not None:
             raise failure[0](failure[1])
+
+    def _verdict(self, error: Exception, completed: int) -> tuple[type[RuntimeError], str]:
+        """Return what to raise: our files vanish when the run is taken over, and then that is the cause."""
+        assert self.attempt is not None
+        try:
+            self.attempt.require_newest(f"save step {completed}")
+        except Fenced as fenced:
+            return Fenced, str(fenced if not isinstance(error, Fenced) else error)
+        except OSError:
+            pass  # the store is away: what failed first says more
+        if isinstance(error, SaveFailed):
+            return SaveFailed, str(error)
+        return SaveFailed, f"step {completed} was not saved: {describe(error)}"
+
+
+def refuse(completed: int, errors: list[str | None]) -> None:
+    """Raise ``SaveFailed`` if any rank had an error."""
+    for rank, error in enumerate(errors):
+        if error is not None:
+            raise SaveFailed(f"step {completed} was not saved: {error} (rank {rank})")
 
 
 def local_bytes(value: Any) -> int:
@@ -202,12 +242,9 @@ def local_bytes(value: Any) -> int:
 
 
 def describe(error: BaseException | None) -> str | None:
-    """Return an error in one line, its cause first where torch wraps it."""
+    """Return an error in one line."""
     if error is None:
         return None
-    failures = getattr(error, "failures", None)
-    if failures:
-        error = next(iter(failures.values()))[0]
     text = " ".join(str(error).split())
     return text if isinstance(error, OSError) and text else f"{type(error).__name__}: {text}"
 
@@ -231,9 +268,13 @@ class Background:
     def failed(self) -> bool:
         return not self._thread.is_alive() and self._error is not None
 
+    def join(self) -> None:
+        """Return once the thread has ended."""
+        # Not only its work: a thread in torch's code while the interpreter ends aborts the process.
+        self._thread.join()
+
     def wait(self) -> None:
         """Return once the thread has ended; raise what it raised."""
-        # Joined, not only waited for: a thread in torch's code while the interpreter ends aborts the process.
-        self._thread.join()
+        self.join()
         if self._error is not None:
             raise self._error

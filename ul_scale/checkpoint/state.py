@@ -3,7 +3,7 @@
 import os
 import socket
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,9 +27,15 @@ def write(state: dict[str, Any], directory: Path, group: dist.ProcessGroup | Non
         state: nested dicts of tensors, sharded tensors and numbers; the same keys on every rank.
         directory: local; each rank may have its own.
         group: of a CPU backend, used by nobody else meanwhile.
+
+    Raises:
+        Exception: what made the first rank fail, such as ``OSError``, on every rank.
     """
     writer = FileSystemWriter(directory, single_file_per_rank=True, sync_files=True)
-    dcp.save(state, storage_writer=writer, process_group=group, no_dist=not dist.is_initialized())
+    try:
+        dcp.save(state, storage_writer=writer, process_group=group, no_dist=not dist.is_initialized())
+    except CheckpointException as error:  # which is no Exception
+        raise next(iter(error.failures.values()))[0] from None
 
 
 def own_files(directory: Path) -> tuple[str, ...]:
@@ -39,11 +45,13 @@ def own_files(directory: Path) -> tuple[str, ...]:
 
 
 @contextmanager
-def local_copy(run_dir: Path, step: int, scratch: str | None = None) -> Iterator[Path]:
+def local_copy(
+    run_dir: Path, step: int, scratch: str | None = None, group: dist.ProcessGroup | None = None
+) -> Iterator[Path]:
     """Give a local directory with the files of a complete checkpoint, each compared with its hash in COMMIT.
 
-    A bucket's are downloaded, once per host, and removed afterwards. Collective if there are several ranks,
-    so that a file that one of them finds broken is broken for all.
+    A bucket's are downloaded, once per host, and removed afterwards. Collective over ``group`` if there are
+    several ranks, so that a file that one of them finds broken is broken for all.
 
     Raises:
         BrokenCheckpoint: naming the first file that is missing or differs.
@@ -51,7 +59,7 @@ def local_copy(run_dir: Path, step: int, scratch: str | None = None) -> Iterator
     commit = store.read_commit(run_dir, step)
     rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     if is_local(run_dir):
-        _agree(lambda: store.verify(run_dir, step, part=(rank, size)))
+        _agree(lambda: store.verify(run_dir, step, part=(rank, size)), group)
         yield store.shard_dir(run_dir, step)
         return
     with transfer.scratch(scratch) as own:
@@ -63,13 +71,13 @@ def local_copy(run_dir: Path, step: int, scratch: str | None = None) -> Iterator
             transfer.download(store.shard_dir(run_dir, step), own, commit.files)
             return str(own)
 
-        path = _agree(download)
+        path = _agree(download, group)
         yield Path(path)
         if size > 1:
-            dist.barrier()  # others of this host may still be reading
+            dist.barrier(group)  # others of this host may still be reading
 
 
-def _agree(work: Any) -> Any:
+def _agree(work: Callable[[], Any], group: dist.ProcessGroup | None) -> Any:
     """Do this rank's part; return what the first rank of this host returned, or raise on all ranks."""
     result, error = None, None
     try:
@@ -79,12 +87,17 @@ def _agree(work: Any) -> Any:
     if dist.is_initialized():
         host = socket.gethostname()
         outcomes: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(outcomes, (host, result, error))
+        dist.all_gather_object(outcomes, (host, result, error), group=group)
         error = next((e for _, _, e in outcomes if e is not None), None)
         result = next((r for h, r, _ in outcomes if h == host and r is not None), None)
     if error is not None:
         raise error
     return result
+
+
+def holds(directory: Path, name: str) -> bool:
+    """Say whether verified shards hold an entry, such as ``train.step``."""
+    return name in FileSystemReader(directory).read_metadata().state_dict_metadata
 
 
 def load(state: dict[str, Any], directory: Path) -> None:
@@ -100,4 +113,6 @@ def load(state: dict[str, Any], directory: Path) -> None:
         dcp.load(state, storage_reader=reader, no_dist=not dist.is_initialized())
     except CheckpointException as error:
         cause = next(iter(error.failures.values()))[0]
+        if isinstance(cause, OSError | MemoryError):  # the files are whole: this machine is not
+            raise cause from None
         raise store.BrokenCheckpoint(f"{directory} does not fit this code or config: {cause}") from None

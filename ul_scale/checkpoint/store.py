@@ -50,6 +50,8 @@ class Commit:
     files: dict[str, FileInfo]
     format: str = "dcp"
     """Of the shards: ``dcp`` (torch.distributed.checkpoint), which COMMIT leaves unsaid, or ``deepspeed``."""
+    run: str | None = None
+    """The run's id, which its config and data determine; None of checkpoints that do not say."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +100,11 @@ def _parse(data: bytes | None) -> Commit | None:
     value = decode(data)
     try:
         return Commit(
-            int(value["attempt"]), int(value["step"]), dict(value["files"]), str(value.get("format", "dcp"))
+            int(value["attempt"]),
+            int(value["step"]),
+            dict(value["files"]),
+            str(value.get("format", "dcp")),
+            value.get("run"),
         )
     except (KeyError, TypeError, ValueError):
         return None
@@ -271,7 +277,7 @@ def commit(
     attempt.require_newest(f"commit step {step}")
     if fault or not files:
         raise BrokenCheckpoint(fault or f"{shards} has no files to commit")
-    said = {"attempt": attempt.number, "step": step, "files": files}
+    said = {"run": run_dir.name, "attempt": attempt.number, "step": step, "files": files}
     path, data = shards.parent / "COMMIT", encode(said if format == "dcp" else said | {"format": format})
     if replaces:
         write_atomic(path, data)

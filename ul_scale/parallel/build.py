@@ -1,5 +1,7 @@
 """From a stage and section ``parallel`` to an engine; and whether they fit the processes that there are."""
 
+from importlib.util import find_spec
+
 import torch.distributed as dist
 from torch import nn
 
@@ -40,6 +42,25 @@ def check_layout(config: ParallelConfig, world_size: int, samples_per_rank: int)
         )
 
 
+def check_process(config: ParallelConfig) -> None:
+    """Check that this process can run the engine.
+
+    Raises:
+        ValueError: if it was not started as one of several, or the engine's package is missing.
+    """
+    if config.engine == "none":
+        return
+    if not dist.is_initialized():
+        raise ValueError(
+            f"parallel.engine={config.engine} needs torchrun --nproc-per-node=N -m ul_scale.cli train …, "
+            "or python launch/submit.py CONFIG --processes N"
+        )
+    if config.engine == "deepspeed" and find_spec("deepspeed") is None:
+        raise ValueError(
+            "parallel.engine is deepspeed, which is not installed: pip install ul-scale[deepspeed]"
+        )
+
+
 def build_engine(
     config: ParallelConfig,
     stage: nn.Module,
@@ -68,10 +89,6 @@ def build_engine(
     prepare_blocks(stage, activation_checkpointing=config.activation_checkpointing, compiled=config.compile)
     if config.engine == "none":
         return LocalEngine(stage, make_optimizer, clip_norm=clip_norm, precision=precision, process=process)
-    if not dist.is_initialized():
-        raise ValueError(
-            f"parallel.engine={config.engine} needs torchrun --nproc-per-node=N -m ul_scale.cli train …"
-        )
     if config.engine == "fsdp":
         from ul_scale.parallel.fsdp import FsdpEngine
 

@@ -66,12 +66,23 @@ def data_parallel_mesh(process: Process, dp_replicate: int = 1) -> DeviceMesh:
     return init_device_mesh(process.device.type, shape, mesh_dim_names=("dp_replicate", "dp_shard"))
 
 
-def broadcast_object(value: T, process: Process) -> T:
+PATIENCE_S = 7200.0
+"""What one rank may do while the others wait: download a checkpoint, wait for a dead attempt's heartbeat."""
+
+
+def cpu_group(timeout_s: float, process: Process) -> dist.ProcessGroup | None:
+    """Return a gloo group of all ranks with a timeout of its own; None for one process. Collective."""
+    if process.world_size == 1:
+        return None
+    return dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+
+
+def broadcast_object(value: T, process: Process, group: dist.ProcessGroup | None = None) -> T:
     """Return rank 0's value on every rank."""
     if process.world_size == 1:
         return value
     box = [value]
-    dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+    dist.broadcast_object_list(box, src=0, group=group, device=torch.device("cpu"))
     return box[0]
 
 

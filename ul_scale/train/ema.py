@@ -84,17 +84,15 @@ class Ema:
             current = [parameters[key] for key in average]
             torch._foreach_lerp_(list(average.values()), current, 1 - decay)
 
-    def snapshot(
+    def power_averages(
         self, whole: Callable[[dict[str, Tensor]], dict[str, Tensor]]
     ) -> dict[str, dict[str, Tensor]]:
-        """Return the power-function EMAs as ``save_snapshot`` stores them, on rank 0; collective.
-
-        One average at a time is gathered in full precision.
+        """Return the power-function EMAs in full on rank 0, empty elsewhere; collective.
 
         Args:
             whole: the engine's: an average to full CPU tensors on rank 0, to nothing elsewhere.
         """
-        return {name: ema_snapshots.compact(whole(self.averages[name])) for name in self._widths}
+        return {name: whole(self.averages[name]) for name in self._widths}
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
         """Return ``{name: {parameter: average}}``; loading writes into these tensors in place."""

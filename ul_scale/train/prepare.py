@@ -10,7 +10,7 @@ from torch import nn
 from ul_scale import config as configs
 from ul_scale import keyed
 from ul_scale.checkpoint import store
-from ul_scale.checkpoint.files import read, require_bucket, run_path
+from ul_scale.checkpoint.files import decode, read, require_bucket, run_path
 from ul_scale.config import AutoencoderRun, BaseRun, RunConfig
 from ul_scale.data.index import Index, open_index
 from ul_scale.data.latents import LatentWriter
@@ -146,6 +146,31 @@ def facts_on_the_fly(config: BaseRun, index: Index, root: Path) -> dict[str, Any
         "num_classes": len(index.classes or ()),
         "log_snr_max": parent.loss.log_snr_max,
     }
+
+
+def check_resumable(prepared: Prepared) -> None:
+    """Check that the newest checkpoint, if there is one, can be continued as this run is set up.
+
+    Raises:
+        ValueError: if DeepSpeed saved it, and the engine, the number of processes or the stage is another.
+    """
+    run_dir, config = prepared.run_dir, prepared.config.parallel
+    step = store.latest_step(run_dir)
+    commit = store.read_commit(run_dir, step) if step is not None else None
+    if commit is None or commit.format != "deepspeed":
+        return
+    made = decode(read(run_dir / "run.json")).get("attempts", {}).get(str(commit.attempt), {})
+    ours = {"engine": config.engine, "world_size": prepared.world_size, "zero_stage": config.zero_stage}
+    theirs = {
+        "engine": "deepspeed",
+        **{key: made[key] for key in ("world_size", "zero_stage") if key in made},
+    }
+    other = [f"{key} {value} (here {ours[key]})" for key, value in theirs.items() if ours[key] != value]
+    if other:
+        raise ValueError(
+            f"{run_dir}: step {step} was saved by DeepSpeed with {', '.join(other)}; expected the same, or "
+            f"first run: ul-scale checkpoint convert {run_dir}"
+        )
 
 
 def describe(prepared: Prepared) -> str:

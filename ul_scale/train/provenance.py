@@ -30,7 +30,9 @@ def write_provenance(prepared: Prepared, attempt: int, world_size: int) -> None:
         "git": git_revision(),
         "versions": {name: metadata.version(name) for name in ("torch", "numpy", "ul-scale")}
         | {"python": sys.version.split()[0]},
+        "engine": config.parallel.engine,
         "world_size": world_size,
+        "zero_stage": config.parallel.zero_stage,
     }
     record = {
         "run_id": prepared.run_id,

@@ -1,5 +1,6 @@
 """What is saved when: checkpoints on schedule and on request, and snapshots of the averages."""
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -21,11 +22,13 @@ ENDING = (Source.STOP_FILE, Source.DEADLINE)
 """A person's stop, or the end of the run's time."""
 
 
-def training_state(engine: Engine, ema: Ema, completed: int, batch_size: int) -> dict[str, Any]:
+def training_state(
+    engine: Engine, ema: Ema, completed: int, batch_size: int, skipped_steps: int
+) -> dict[str, Any]:
     """Return all that a run is after so many completed steps."""
     return engine.state_dict() | {
         "ema": {name: engine.saved(average) for name, average in ema.averages.items()},
-        "train": {"step": completed, "samples_seen": completed * batch_size},
+        "train": {"step": completed, "samples_seen": completed * batch_size, "skipped_steps": skipped_steps},
     }
 
 
@@ -44,6 +47,7 @@ class Saves:
     metrics: MetricsWriter | None
     log: Callable[[str], object]
     _snapshot: Background | None = None
+    _snapshot_step: int = 0
     _told: bool = False
 
     def save_if_due(self, completed: int) -> bool:
@@ -70,19 +74,28 @@ class Saves:
         # Under a launcher that restarts, a notice that a machine goes ends this life and not the run.
         return asked is not None and (self.host.ends_when_stopped or asked.source in ENDING)
 
-    def settle_before_commit(self) -> None:
+    def settle_before_commit(self, completed: int) -> None:
         """Have on disk what a run that resumes from the checkpoint will not write again; on rank 0."""
         if self.metrics is not None:
             self.metrics.flush()
-        if self._snapshot is not None:
-            self._snapshot.wait()
+        pending, step = self._snapshot, self._snapshot_step
+        if pending is not None and step <= completed:
+            pending.wait()
 
     def close(self) -> None:
         """Wait for what is in flight; raises what ``save_if_due`` does."""
         self.health.settle()
         self.saver.close()
         if self._snapshot is not None:
-            self._wait_for_snapshot(self._snapshot)
+            try:
+                self._snapshot.wait()
+            except Exception as error:
+                raise SaveFailed(f"a snapshot of the averages was not saved: {describe(error)}") from error
+
+    def finish_save(self) -> None:
+        """Let the save in flight be committed, when training has failed at the same step on all ranks."""
+        with contextlib.suppress(SaveFailed):
+            self.saver.close()
 
     def counters(self) -> dict[str, float]:
         """Return what a logged step tells of saves and skipped steps."""
@@ -100,7 +113,13 @@ class Saves:
     def _save(self, completed: int) -> None:
         own_format = self.engine.checkpoint_format != "dcp"
         self.saver.save(
-            training_state(self.engine, self.ema, completed, self.config.train.batch_size),
+            training_state(
+                self.engine,
+                self.ema,
+                completed,
+                self.config.train.batch_size,
+                self.health.skipped_steps,
+            ),
             completed,
             save_files=self.engine.save_files if own_format else None,
             checkpoint_format=self.engine.checkpoint_format,
@@ -114,21 +133,14 @@ class Saves:
             self.log(fits_notice(notice, save_s, self.config.checkpoint.every_steps, self.throughput.step_s))
 
     def _save_snapshot(self, completed: int) -> None:
-        averages = self.ema.snapshot(lambda values: self.engine.whole(values))
-        if self.saver.attempt is None:
-            return
         if self._snapshot is not None:
-            self._wait_for_snapshot(self._snapshot)
-        samples_seen = completed * self.config.train.batch_size
-        run_dir = self.saver.run_dir
+            self._snapshot.join()  # whether it failed is for all ranks to learn together
+        averages = self.ema.power_averages(self.engine.whole)
+        if self.saver.attempt is None or self._snapshot_failed():
+            return
+        run_dir, samples_seen = self.saver.run_dir, completed * self.config.train.batch_size
+        self._snapshot_step = completed
         self._snapshot = Background(lambda: save_snapshot(run_dir, completed, samples_seen, averages))
 
     def _snapshot_failed(self) -> bool:
         return self._snapshot is not None and self._snapshot.failed
-
-    def _wait_for_snapshot(self, pending: Background) -> None:
-        self._snapshot = None
-        try:
-            pending.wait()
-        except Exception as error:
-            raise SaveFailed(f"a snapshot of the averages was not saved: {describe(error)}") from error

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from ul_scale.checkpoint import state, store
@@ -19,9 +20,9 @@ from ul_scale.config import BaseRun, RunConfig
 from ul_scale.data.plan import lane_slots
 from ul_scale.data.stream import LaneStream, iterate
 from ul_scale.models.flops import training_flops
-from ul_scale.parallel.build import build_engine
+from ul_scale.parallel.build import build_engine, check_process
 from ul_scale.parallel.engine import Engine, Process
-from ul_scale.parallel.mesh import broadcast_object, distributed
+from ul_scale.parallel.mesh import PATIENCE_S, broadcast_object, cpu_group, distributed
 from ul_scale.stages.autoencoder import AutoencoderStage
 from ul_scale.stages.base import BaseStage
 from ul_scale.stages.noise import NoiseSpec, draw_noise
@@ -29,12 +30,12 @@ from ul_scale.train.ema import Ema
 from ul_scale.train.health import Diverged, StepHealth
 from ul_scale.train.host import PLAIN_PROCESS, Host
 from ul_scale.train.loop import Instruments, train
-from ul_scale.train.metrics import MetricsWriter, read_metrics
+from ul_scale.train.metrics import MetricsWriter, last_row
 from ul_scale.train.noise_bins import NoiseBins
 from ul_scale.train.notices import find_deadline
 from ul_scale.train.optim import build_optimizer
 from ul_scale.train.preemption import StopRequest, leaving_on_signals
-from ul_scale.train.prepare import Prepared, build_stage, parent_of, prepare
+from ul_scale.train.prepare import Prepared, build_stage, check_resumable, parent_of, prepare
 from ul_scale.train.profile import profiler
 from ul_scale.train.provenance import write_provenance
 from ul_scale.train.saves import Saves
@@ -66,19 +67,26 @@ def run(config: RunConfig, host: Host = PLAIN_PROCESS, *, profile: bool = False)
         distributed(config.parallel.timeout_s) as process,
     ):
         prepared = prepare(config, process.world_size)
-        reached = broadcast_object(store.read_success(prepared.run_dir) or 0, process)
+        # At the start one rank may download, or wait for a dead attempt's heartbeat, for long.
+        patient = cpu_group(PATIENCE_S, process)
+        reached = broadcast_object(store.read_success(prepared.run_dir) or 0, process, patient)
         if reached >= config.train.last_step:
             if process.rank == 0:
                 print(f"{prepared.run_id} is done: {prepared.run_dir} reached step {reached}")
             return EXIT_DONE
-        attempt, number = _begin_attempt(prepared.run_dir, process)
+        check_resumable(prepared)
+        check_process(config.parallel)
+        if config.checkpoint.scratch is not None and not Path(config.checkpoint.scratch).is_dir():
+            raise ValueError(
+                f"checkpoint.scratch is {config.checkpoint.scratch}; expected an existing folder"
+            )
+        attempt, number = _begin_attempt(prepared.run_dir, process, patient)
         whereabouts = Whereabouts(process, config.parallel.timeout_s)
-        life = Life(prepared, process, host, attempt, number, deadline, profile)
+        life = Life(prepared, process, patient, host, attempt, number, deadline, profile)
         try:
             code = _train(life, whereabouts)
         except (Diverged, SaveFailed) as error:
-            newest = store.latest_step(prepared.run_dir) if process.rank == 0 else None
-            life.log(f"error: {error}; newest complete checkpoint: step {newest or 'none'}")
+            life.log(f"error: {error}; newest complete checkpoint: {newest_step(life)}")
             code = EXIT_FAILED
         except RuntimeError as error:
             if process.world_size == 1 or isinstance(error, RunBusy | Fenced | store.BrokenCheckpoint):
@@ -98,6 +106,8 @@ class Life:
 
     prepared: Prepared
     process: Process
+    patient: dist.ProcessGroup | None
+    """For what one rank does for long while the others wait."""
     host: Host
     attempt: Attempt | None
     """On rank 0, the run's only writer."""
@@ -110,7 +120,18 @@ class Life:
             print(line, file=sys.stderr, flush=True)
 
 
-def _begin_attempt(run_dir: Path, process: Process) -> tuple[Attempt | None, int]:
+def newest_step(life: Life) -> str:
+    """Return the newest complete checkpoint in words, for an error message; on rank 0."""
+    try:
+        step = store.latest_step(life.prepared.run_dir) if life.process.rank == 0 else None
+    except OSError as error:  # of a bucket that is away: not the error to tell
+        return f"unknown ({error})"
+    return f"step {step}" if step else "none"
+
+
+def _begin_attempt(
+    run_dir: Path, process: Process, patient: dist.ProcessGroup | None
+) -> tuple[Attempt | None, int]:
     """Return rank 0's attempt and, on every rank, its number."""
     attempt, refused = None, None
     if process.rank == 0:
@@ -118,7 +139,7 @@ def _begin_attempt(run_dir: Path, process: Process) -> tuple[Attempt | None, int
             attempt = start_attempt(run_dir)
         except RunBusy as busy:
             refused = str(busy)
-    refused = broadcast_object(refused, process)
+    refused = broadcast_object(refused, process, patient)
     if refused is not None:
         raise RunBusy(refused)
     return attempt, broadcast_object(attempt.number if attempt else 0, process)
@@ -138,7 +159,7 @@ class Built:
 
 def _build(life: Life) -> Built:
     prepared, process, config = life.prepared, life.process, life.prepared.config
-    stage = _trained_stage(prepared, process)
+    stage = _trained_stage(life)
     noise_spec, bins, flops = stage.noise_spec, NoiseBins(stage.timed_losses), stage.forward_flops()
     engine = build_engine(
         config.parallel,
@@ -158,7 +179,7 @@ def _train(life: Life, whereabouts: Whereabouts) -> int:
     if life.attempt is not None:
         write_provenance(prepared, life.number, process.world_size)
     built = _build(life)
-    start_step = resume(built.engine, built.ema, life)
+    start_step, skipped_steps = resume(built.engine, built.ema, life)
     slots = lane_slots(plan.lanes, process.rank, process.world_size)
 
     def noise_at(step: int) -> dict[str, Tensor]:
@@ -177,21 +198,25 @@ def _train(life: Life, whereabouts: Whereabouts) -> int:
         stack.callback(batches.close)
         stop = stack.enter_context(_stop_request(life))
         metrics = stack.enter_context(_metrics(life, start_step))
-        saves, watch = _instruments(life, built, start_step, stop, metrics, whereabouts, stack)
-        finished = train(
-            config.train,
-            config.optim,
-            seed=config.seed,
-            engine=built.engine,
-            ema=built.ema,
-            batches=batches,
-            noise_at=noise_at,
-            accumulation_steps=config.parallel.accumulation_steps,
-            process=process,
-            start_step=start_step,
-            save_if_due=saves.save_if_due,
-            watch=watch,
-        )
+        saves, watch = _instruments(life, built, start_step, skipped_steps, stop, metrics, whereabouts, stack)
+        try:
+            finished = train(
+                config.train,
+                config.optim,
+                seed=config.seed,
+                engine=built.engine,
+                ema=built.ema,
+                batches=batches,
+                noise_at=noise_at,
+                accumulation_steps=config.parallel.accumulation_steps,
+                process=process,
+                start_step=start_step,
+                save_if_due=saves.save_if_due,
+                watch=watch,
+            )
+        except Diverged:
+            saves.finish_save()
+            raise
         saves.close()
     if not finished:
         life.log("saved after a stop request; the same command continues")
@@ -205,6 +230,7 @@ def _instruments(
     life: Life,
     built: Built,
     start_step: int,
+    skipped_steps: int,
     stop: StopRequest,
     metrics: MetricsWriter | None,
     whereabouts: Whereabouts,
@@ -218,10 +244,9 @@ def _instruments(
             metrics.event(line)
 
     log(describe_peak(process.device, config.train.precision))
-    earlier = [row for row in read_metrics(run_dir) if row["step"] <= start_step] if start_step else []
-    last = broadcast_object(earlier[-1] if earlier else {}, process)
-    if last.get("save_s"):
-        stop.measured_save(last["save_s"])
+    earlier = last_row(run_dir) if process.rank == 0 else None
+    if save_s := broadcast_object((earlier or {}).get("save_s"), process):
+        stop.measured_save(save_s)
     throughput = Throughput(
         start_step,
         config.train.batch_size,
@@ -229,7 +254,7 @@ def _instruments(
         train_flops=built.train_flops,
         precision=config.train.precision,
     )
-    health = StepHealth(config.train.max_skipped_in_a_row, process, last.get("skipped_steps", 0), log)
+    health = StepHealth(config.train.max_skipped_in_a_row, process, skipped_steps, log)
     saver = Saver(run_dir, life.attempt, life.number, config.checkpoint, process, saved=life.host.saved)
     saves = Saves(config, built.engine, built.ema, saver, stop, health, life.host, throughput, metrics, log)
     saver.before_commit = saves.settle_before_commit
@@ -274,30 +299,35 @@ def _stop_request(life: Life) -> StopRequest:
     )
 
 
-def _trained_stage(prepared: Prepared, process: Process) -> AutoencoderStage | BaseStage:
+def _trained_stage(life: Life) -> AutoencoderStage | BaseStage:
     """Return the run's stage; of a base model on images, with the encoder and its latents' measured std."""
+    prepared, process = life.prepared, life.process
     config, latents, encoder = prepared.config, prepared.latents, None
     if isinstance(config, BaseRun) and config.autoencoder.on_the_fly:
         parent, ref = parent_of(config, prepared.run_dir.parent), config.autoencoder
         autoencoder = build_stage(parent)
         average = str(parent.ema.half_lives_samples[0])
-        load_average(autoencoder, average, prepared.run_dir.parent / ref.run, ref.step)
+        load_average(autoencoder, average, prepared.run_dir.parent / ref.run, ref.step, life.patient)
         assert isinstance(autoencoder, AutoencoderStage)
-        encoder = autoencoder.encoder.eval()
-        measured = _measure_std(encoder, prepared) if process.rank == 0 else 0.0
-        latents = {**(latents or {}), "std": broadcast_object(measured, process)}
+        encoder = autoencoder.encoder.eval().to(process.device)
+        measured = 1.0  # a checkpoint holds it
+        if process.rank == 0 and not store.complete_steps(prepared.run_dir):
+            measured = _measure_std(encoder, prepared, process.device)
+        latents = {**(latents or {}), "std": broadcast_object(measured, process, life.patient)}
     return build_stage(config, latents, encoder)
 
 
 @torch.no_grad()
-def _measure_std(encoder: nn.Module, prepared: Prepared) -> float:
+def _measure_std(encoder: nn.Module, prepared: Prepared, device: torch.device) -> float:
     """Return the std of the latents of the first samples, over all entries."""
     batches = iterate(prepared.index, prepared.config.data, stop=Z_STD_SAMPLES, batch_size=64)
-    return float(torch.cat([encoder(batch["x"]).flatten() for batch in batches]).std())
+    return float(torch.cat([encoder(batch["x"].to(device)).flatten() for batch in batches]).std())
 
 
-def resume(engine: Engine, ema: Ema, life: Life) -> int:
-    """Load the newest complete checkpoint that is whole; return its completed steps, 0 for a fresh start.
+def resume(engine: Engine, ema: Ema, life: Life) -> tuple[int, int]:
+    """Load the newest complete checkpoint that is whole; return its completed and its skipped steps.
+
+    Without a checkpoint, both are 0.
 
     Raises:
         BrokenCheckpoint: if there are checkpoints and none is whole: better to stop than to start anew.
@@ -308,11 +338,14 @@ def resume(engine: Engine, ema: Ema, life: Life) -> int:
     last = config.train.last_step
     if steps and steps[-1] > last:
         raise ValueError(f"{run_dir} has {steps[-1]} complete steps; train.stop_at_step is {last}, raise it")
-    error = None
+    error, skipped_steps = None, 0
     for step in reversed(steps):
         try:
-            with state.local_copy(run_dir, step, config.checkpoint.scratch) as directory:
-                load_training_state(engine, ema, directory, store.read_commit(run_dir, step).format)
+            commit = store.read_commit(run_dir, step)
+            if commit.run not in (None, run_dir.name):
+                raise store.BrokenCheckpoint(f"it is of another run, {commit.run}, not {run_dir.name}")
+            with state.local_copy(run_dir, step, config.checkpoint.scratch, life.patient) as directory:
+                skipped_steps = load_training_state(engine, ema, directory, commit.format)
             break
         except store.BrokenCheckpoint as broken:
             error = broken
@@ -325,16 +358,18 @@ def resume(engine: Engine, ema: Ema, life: Life) -> int:
         store.adopt(run_dir, life.attempt, step)
         if step:
             print(f"resuming from step {step}", flush=True)
-    return step
+    return step, skipped_steps
 
 
-def load_training_state(engine: Engine, ema: Ema, directory: Path, checkpoint_format: str) -> None:
-    """Load verified local files of a checkpoint into an engine and its averages."""
+def load_training_state(engine: Engine, ema: Ema, directory: Path, checkpoint_format: str) -> int:
+    """Load verified local files of a checkpoint into an engine and its averages; return its skipped steps."""
     loaded = engine.blank_state(checkpoint_format)
     averages = {name: engine.blank(average) for name, average in ema.averages.items()}
-    state.load(loaded | {"ema": averages}, directory)
+    counters = {"skipped_steps": 0} if state.holds(directory, "train.skipped_steps") else {}
+    state.load(loaded | {"ema": averages, "train": counters}, directory)
     engine.load_state_dict(loaded)
     if checkpoint_format == engine.checkpoint_format:
         engine.load_files(directory)
     for name, average in averages.items():
         engine.restore(ema.averages[name], average)
+    return counters.get("skipped_steps", 0)
