@@ -45,6 +45,9 @@ def train(
     config: ConfigPath,
     overrides: Overrides = None,
     dry_run: DryRun = False,
+    processes: Annotated[
+        int, typer.Option(min=1, help="Of a dry run: as if torchrun had started so many.")
+    ] = 1,
     profile: Annotated[
         bool, typer.Option("--profile", help="Write a profiler trace of a few steps into the run directory.")
     ] = False,
@@ -58,12 +61,16 @@ def train(
     """
     from ul_scale.config import load
     from ul_scale.train import worker
-    from ul_scale.train.prepare import describe, prepare
+    from ul_scale.train.prepare import check_resumable, describe, prepare
 
     resolved = load(config, overrides)
     if dry_run:
-        print(describe(prepare(resolved)))
+        prepared = prepare(resolved, processes)
+        check_resumable(prepared)
+        print(describe(prepared))
         return
+    if processes > 1:
+        raise ValueError("--processes is for --dry-run; torchrun or launch/submit.py start processes")
     raise typer.Exit(worker.run(resolved, profile=profile))
 
 

@@ -13,9 +13,7 @@ from ul_scale.train.notices import write_stop_file
 from ul_scale.train.worker import EXIT_RUN_AGAIN
 
 PATIENCE_S = 300.0
-"""How long to wait for a checkpoint after a signal."""
-GRACE_S = 10.0
-"""How long the workers may take to end, once there is one."""
+"""How long to wait for the workers' end after a signal, and again after each new checkpoint."""
 
 
 class StopSignals:
@@ -90,7 +88,7 @@ class Following:
             return EXIT_RUN_AGAIN
         print("asking the workers to save and stop; a second signal does not wait for them", flush=True)
         named, asked = 0, signals.count
-        before = newest = self._newest_step()
+        newest = self._newest_step()
         give_up_at = time.monotonic() + PATIENCE_S
         while signals.count == asked and time.monotonic() < give_up_at:
             if self._newest_attempt() > named:  # Also while Ray restarts them: a request is to one attempt.
@@ -98,8 +96,9 @@ class Following:
                 write_stop_file(self._run_dir, named, "a signal to the command that submitted the run")
             if self._ended(poll_s):
                 return self._result()
-            if newest == before and self._newest_step() > before:
-                newest, give_up_at = self._newest_step(), time.monotonic() + GRACE_S
+            # It may be one that was due anyway: the workers end by themselves when theirs is complete.
+            if self._newest_step() > newest:
+                newest, give_up_at = self._newest_step(), time.monotonic() + PATIENCE_S
         print(f"left at step {newest}; the same command continues", flush=True)
         return EXIT_RUN_AGAIN
 

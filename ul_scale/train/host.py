@@ -15,13 +15,11 @@ class Host:
             is torn down. A person's stop and a deadline end it in any case.
         notice: asked now and then on every rank, in the training thread and at the same steps; returns why
             to stop, or None.
-        saved: told on every rank how many steps a complete checkpoint has.
     """
 
     takes_signals: bool = True
     ends_when_stopped: bool = True
     notice: Callable[[], str | None] | None = None
-    saved: Callable[[int], None] | None = None
 
 
 PLAIN_PROCESS = Host()

@@ -255,7 +255,7 @@ def _instruments(
         precision=config.train.precision,
     )
     health = StepHealth(config.train.max_skipped_in_a_row, process, skipped_steps, log)
-    saver = Saver(run_dir, life.attempt, life.number, config.checkpoint, process, saved=life.host.saved)
+    saver = Saver(run_dir, life.attempt, life.number, config.checkpoint, process)
     saves = Saves(config, built.engine, built.ema, saver, stop, health, life.host, throughput, metrics, log)
     saver.before_commit = saves.settle_before_commit
     profile_step = stack.enter_context(profiler(life.profile, run_dir, life.number, process, start_step, log))
