@@ -105,7 +105,7 @@ def config(config: ConfigPath, overrides: Overrides = None) -> None:
 
 @app.command()
 def encode(
-    run: Annotated[Path, typer.Argument(help="Run directory of an autoencoder.")],
+    run: Annotated[str, typer.Argument(help="Run directory of an autoencoder.")],
     step: Annotated[int | None, typer.Option(help="Its checkpoint; by default the newest.")] = None,
 ) -> None:
     """Write the latents of an autoencoder's data into its run directory, for base models.
@@ -114,13 +114,13 @@ def encode(
     """
     from ul_scale.evaluate.encode import encode as encode_run
 
-    for folder in encode_run(run.resolve(), step):
+    for folder in encode_run(local_run(run), step):
         print(folder)
 
 
 @app.command()
 def evaluate(
-    run: Annotated[Path, typer.Argument(help="Run directory.")],
+    run: Annotated[str, typer.Argument(help="Run directory.")],
     settings: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]…")] = None,
     step: Annotated[list[int] | None, typer.Option(help="Checkpoints; by default the newest.")] = None,
 ) -> None:
@@ -141,9 +141,9 @@ def evaluate(
 
     values = apply_overrides(OmegaConf.create({}), settings or [])
     evaluation = structure(EvaluationConfig, values, "evaluate")
-    run = run.resolve()
-    for number in step or [newest_step(run)]:
-        print(json.dumps(evaluate_run(run, number, evaluation), indent=1), flush=True)
+    run_dir = local_run(run)
+    for number in step or [newest_step(run_dir)]:
+        print(json.dumps(evaluate_run(run_dir, number, evaluation), indent=1), flush=True)
 
 
 @data_app.command("build")
@@ -214,6 +214,13 @@ def sweep_report(config: ConfigPath, overrides: Overrides = None) -> None:
     from ul_scale.sweep import command
 
     command.report(config, overrides or [])
+
+
+def local_run(run: str) -> Path:
+    """Return a run directory on this machine."""
+    if "://" in run:
+        raise ValueError(f"{run}: is in a bucket; expected a local run directory, such as a copy of it")
+    return Path(run).resolve()
 
 
 def main() -> None:

@@ -73,6 +73,7 @@ def test_longest_way_first(sweep_path):
 @pytest.mark.parametrize(
     "override,message",
     [
+        ("root=gs://bucket/runs", "expected a local directory"),
         ("sizes=[tiny-x]", "model.size is 'tiny-x'"),
         ("sizes=[]", "sizes is []"),
         ("loss_factors=[2, 2]", "loss_factors is [2.0, 2.0]; expected one or more different values"),

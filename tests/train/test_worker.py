@@ -33,7 +33,7 @@ def cli(*arguments, **options):
 def torchrun(processes, *arguments):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     command += ["-m", "ul_scale.cli", *map(str, arguments)]
-    result = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=200)
+    result = subprocess.run(command, capture_output=True, text=True, env=os.environ | THREADS, timeout=200)
     assert result.returncode == 0, result.stderr[-3000:]
     return result
 
@@ -317,3 +317,30 @@ def test_a_base_model_trains_on_images_that_are_encoded_on_the_fly(write_config,
         prepare(configs.load(base, ["data.image_size=32"]))
     with pytest.raises(ValueError, match="autoencoder.step is 11; .* has complete checkpoints at "):
         prepare(configs.load(base, ["autoencoder.step=11"]))
+
+
+def test_a_profile_is_written_on_request(write_config):
+    path = write_config(AUTOENCODER)
+    result = cli("train", path, "--profile")
+    assert result.returncode == 0, result.stderr
+    (trace,) = (run_dir_of(path) / "profile").iterdir()
+    assert str(trace) in result.stdout and trace.stat().st_size > 1000
+
+
+def test_training_imports_without_what_it_does_not_need():
+    optional = (
+        "ray",
+        "deepspeed",
+        "gcsfs",
+        "s3fs",
+        "wandb",
+        "tensorboard",
+        "transformers",
+        "diffusers",
+        "av",
+    )
+    blocked = f"import sys; sys.modules.update(dict.fromkeys({optional!r}))"
+    modules = "ul_scale.cli, ul_scale.train.worker, ul_scale.evaluate.metrics, launch.submit"
+    command = [sys.executable, "-c", f"{blocked}; import {modules}"]
+    result = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
+    assert result.returncode == 0, result.stderr

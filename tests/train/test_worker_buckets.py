@@ -8,7 +8,7 @@ import time
 import torch
 from buckets import bucket_root, gate, gcs_bucket, s3_bucket
 from templates import AUTOENCODER
-from train.test_worker import CLI, THREADS, cli, logged, tensors_of
+from train.test_worker import CLI, THREADS, cli, logged, no_dropout, tensors_of, torchrun
 
 from ul_scale import config as configs
 from ul_scale.checkpoint import state, store
@@ -53,3 +53,24 @@ def test_a_run_in_a_bucket_is_killed_goes_on_and_ends_as_one_on_disk(bucket_root
     assert store.complete_steps(run_dir) == [30, 40]
     listed = cli("checkpoint", "verify", str(run_dir), "--step", "all")
     assert listed.returncode == 0, listed.stdout + listed.stderr
+
+
+def test_two_ranks_save_to_a_bucket_and_go_on_from_it(gcs_bucket, write_config, tmp_path):
+    template = no_dropout(AUTOENCODER)
+    alone = write_config(template, "disk.yaml", root=str(tmp_path / "alone"))
+    assert worker.run(configs.load(alone)) == 0
+    path = write_config(template, root=f"{gcs_bucket}/two-ranks")
+    for stop_at in (7, 12):
+        torchrun(2, "train", path, "parallel.engine=fsdp", f"train.stop_at_step={stop_at}")
+    run_dir = prepare(configs.load(path)).run_dir
+    assert {name for name in store.read_commit(run_dir, 12).files} == {
+        ".metadata",
+        "__0_0.distcp",
+        "__1_0.distcp",
+    }
+    torch.testing.assert_close(
+        torch.tensor(logged(run_dir)),
+        torch.tensor(logged(prepare(configs.load(alone)).run_dir)),
+        rtol=2e-4,
+        atol=2e-5,
+    )

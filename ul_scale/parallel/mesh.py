@@ -1,5 +1,6 @@
 """Processes: join them however they were started, agree among them, and lay them out on a mesh."""
 
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -43,6 +44,9 @@ def distributed(timeout_s: float = 600.0) -> Iterator[Process]:
     finally:
         if ours:
             dist.destroy_process_group()
+            # Meshes and hooks keep groups alive in reference cycles, and a group's thread that frees a tensor
+            # while the interpreter ends aborts the process. To be collected, a group joins its threads.
+            gc.collect()
 
 
 def local_device() -> torch.device:

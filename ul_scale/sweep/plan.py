@@ -122,6 +122,8 @@ def plan_sweep(sweep: SweepConfig, folder: Path) -> Plan:
         ValueError: in one line, if a template, a size or the data does not fit.
     """
     load_network(sweep.evaluation.features)  # or its absence would be found after hours of training
+    if "://" in sweep.root:
+        raise ValueError(f"root is {sweep.root}; expected a local directory: sweeps do not run in buckets")
     directory = Path(sweep.root) / "sweeps" / sweep.name
     nodes: list[Node] = []
     runs: dict[str, RunConfig] = {}
