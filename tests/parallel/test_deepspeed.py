@@ -97,6 +97,7 @@ def assert_like(result, expected, *, rtol=1e-5, atol=2e-5):
         torch.testing.assert_close(result["final"][name], value.cpu(), rtol=rtol, atol=atol, msg=name)
 
 
+@pytest.mark.exhaustive
 def test_one_process_trains_like_engine_none(folder, alone):
     results = start(1, folder)
     for stage in (1, 2, 3):

@@ -69,7 +69,9 @@ def children_of(pid: int) -> list[int]:
 def test_a_rank_that_hangs_ends_the_others_with_rank_step_and_phase(write_config):
     path = write_config(AUTOENCODER, train={"steps": 100000})
     run_dir = run_dir_of(path)
-    agent = start(["--standalone", "--nproc-per-node=2"], path, "parallel.timeout_s=4")
+    # A process that is stopped does not hear SIGTERM: do not wait for it long.
+    ranks = ["--standalone", "--nproc-per-node=2", "--shutdown-timeout=2"]
+    agent = start(ranks, path, "parallel.timeout_s=4")
     wait_for_step(run_dir, 3, agent)
     os.kill(hung := children_of(agent.pid)[-1], signal.SIGSTOP)
     try:
