@@ -15,7 +15,7 @@ from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBas
 from ul_scale.checkpoint.store import CheckpointConfig
 from ul_scale.data.stream import DataConfig
 from ul_scale.models import zoo
-from ul_scale.parallel.engine import ParallelConfig
+from ul_scale.parallel.engine import NOT_IDENTITY, ParallelConfig
 from ul_scale.stages.autoencoder import AutoencoderLoss, AutoencoderModel
 from ul_scale.stages.base import BaseLoss, BaseModel
 from ul_scale.train.ema import EmaConfig
@@ -26,8 +26,6 @@ from ul_scale.train.preemption import PreemptionConfig
 
 METHOD_VERSION = 1
 """Counts in every run's identity; raised when the same config would train to other numbers."""
-
-NOT_IDENTITY: dict[str, Any] = {"identity": False}
 
 
 @dataclass(frozen=True, kw_only=True)

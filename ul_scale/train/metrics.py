@@ -23,13 +23,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Column
 
 from ul_scale.checkpoint.files import is_local, list_names, make_dirs, read, write_atomic
+from ul_scale.parallel.engine import NOT_IDENTITY
 
 LOSS = "loss"
 BITS_PER_PIXEL = "bits_per_pixel"
 
 UPLOAD_EVERY_S = 30.0
 LAST_ROWS_BYTES = 1 << 16
-NOT_IDENTITY: dict[str, Any] = {"identity": False}
 
 
 @dataclass(frozen=True, kw_only=True)
