@@ -13,7 +13,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
 from ul_scale.checkpoint.store import CheckpointConfig
-from ul_scale.data.stream import DataConfig
+from ul_scale.data.config import DataConfig
 from ul_scale.models import zoo
 from ul_scale.parallel.engine import NOT_IDENTITY, ParallelConfig
 from ul_scale.stages.autoencoder import AutoencoderLoss, AutoencoderModel

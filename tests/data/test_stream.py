@@ -16,10 +16,11 @@ from fsspec.implementations.memory import MemoryFileSystem
 from PIL import Image
 
 from ul_scale.data import storage
+from ul_scale.data.config import DataConfig
 from ul_scale.data.index import Index, build_index, open_index
 from ul_scale.data.latents import LatentWriter
 from ul_scale.data.plan import LaneSlot, lane_slots
-from ul_scale.data.stream import Batch, DataConfig, LaneStream, iterate, make_plan
+from ul_scale.data.stream import Batch, LaneStream, iterate, make_plan
 from ul_scale.keyed import uniform
 
 from .conftest import image_bytes, images, tar_bytes, write_shards

@@ -99,8 +99,9 @@ def test_bad_requests_are_named(autoencoder, tmp_path):
 
 
 def test_latents_say_what_they_are(autoencoder):
+    from ul_scale.data.config import DataConfig
     from ul_scale.data.index import open_index
-    from ul_scale.data.stream import DataConfig, iterate
+    from ul_scale.data.stream import iterate
 
     folder = encode(autoencoder, 3)[0]
     index = open_index(str(folder))

@@ -20,8 +20,9 @@ from ul_scale.checkpoint.attempts import start_attempt
 from ul_scale.checkpoint.saver import Saver
 from ul_scale.checkpoint.store import CheckpointConfig
 from ul_scale.config import AutoencoderRef, BaseRun, RunConfig
+from ul_scale.data.config import DataConfig
 from ul_scale.data.plan import default_lanes
-from ul_scale.data.stream import Batch, DataConfig
+from ul_scale.data.stream import Batch
 from ul_scale.models.flops import num_parameters, training_flops
 from ul_scale.models.uvit import UViTConfig
 from ul_scale.parallel.build import build_engine

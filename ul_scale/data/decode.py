@@ -2,11 +2,16 @@
 
 import io
 import math
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Literal
 
 import numpy as np
 from PIL import Image
+
+from ul_scale.data.config import DataConfig
+from ul_scale.data.sample import BadSample, Buffer, Decode, Draw, Example, Sample
+from ul_scale.data.transforms import center_crop, is_flipped
 
 IMAGE_PARTS = ("jpg", "jpeg", "png", "webp")
 LATENT_PART = "z_clean.npy"
@@ -16,7 +21,60 @@ IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
 # Modes of more than 8 bits would be clipped in silence.
 EIGHT_BIT_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
 
-Buffer = bytes | memoryview
+
+def make_decoder(parts: Sequence[str], config: DataConfig, url: str) -> Decode:
+    """Return the function that decodes a set's samples.
+
+    Args:
+        parts: that its samples have.
+        config: how they are decoded.
+        url: of the set, for messages.
+
+    Raises:
+        ValueError: if the set does not fit the config.
+    """
+    if LATENT_PART in parts:
+        if config.horizontal_flip:
+            raise ValueError(f"data.horizontal_flip is set, but {url} holds latents, not images")
+        return _decode_latent
+    if not set(IMAGE_PARTS) & set(parts):
+        expected = ", ".join([*IMAGE_PARTS, LATENT_PART])
+        raise ValueError(f"{url}: the samples have {', '.join(parts)}; expected one of {expected}")
+    size, channels, flip = config.image_size, config.channels, config.horizontal_flip
+    if size is None:
+        raise ValueError(f"data.image_size is not set, and {url} holds images")
+
+    def decode(sample: Sample, draw: Draw | None) -> Example:
+        part = next((part for part in IMAGE_PARTS if part in sample.parts), None)
+        if part is None:
+            raise BadSample(f"{sample.name}: has no image, only {', '.join(sample.parts)}")
+        try:
+            pixels = center_crop(decode_image(sample.parts[part], channels), size)
+        except ValueError as error:
+            raise BadSample(f"{sample.name}.{part}: {error}") from error
+        if flip and draw is not None and is_flipped(draw.seed, draw.epoch, sample.name):
+            pixels = pixels[:, ::-1]
+        return Example(pixels, label_of(sample))
+
+    return decode
+
+
+def _decode_latent(sample: Sample, draw: Draw | None) -> Example:
+    if LATENT_PART not in sample.parts:
+        raise BadSample(f"{sample.name}: has no {LATENT_PART}, only {', '.join(sample.parts)}")
+    try:
+        return Example(decode_npy(sample.parts[LATENT_PART]), label_of(sample))
+    except ValueError as error:
+        raise BadSample(f"{sample.name}.{LATENT_PART}: {error}") from error
+
+
+def label_of(sample: Sample) -> int:
+    """Return a sample's class, -1 if it has none."""
+    text = bytes(sample.parts.get("cls", b"-1"))
+    try:
+        return int(text)
+    except ValueError:
+        raise BadSample(f"{sample.name}.cls: {text[:40]!r} is not a class id") from None
 
 
 def open_image(data: Buffer) -> Image.Image:

@@ -7,73 +7,37 @@ The order comes from `plan.LanePlan`; this module does the work of a rank's lane
 import queue
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
 from itertools import islice, pairwise
-from typing import NamedTuple, NotRequired, TypedDict
+from typing import NotRequired, TypedDict
 
 import numpy as np
 import torch
 
 from ul_scale.data import storage
-from ul_scale.data.decode import IMAGE_PARTS, LATENT_PART, Buffer, decode_image, decode_npy
+from ul_scale.data.config import DataConfig
+from ul_scale.data.decode import make_decoder
 from ul_scale.data.index import ABSENT, Index
 from ul_scale.data.plan import LanePlan, LaneSlot, cut_chunks, default_lanes
-from ul_scale.data.transforms import center_crop, is_flipped, to_unit_range
+from ul_scale.data.sample import Decode, Draw, Example, Sample
+from ul_scale.data.transforms import to_unit_range
 from ul_scale.keyed import uniform
 
 # Range requests under way at a time; a bucket answers each in tens of milliseconds.
 READS_IN_FLIGHT = 8
-_NO_IDENTITY = {"identity": False}
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """What is read, and in which order."""
-
-    train: str | None = field(default=None, metadata=_NO_IDENTITY)
-    """URL of the folder of training shards; enters a run's identity by its fingerprint."""
-    val: str | None = field(default=None, metadata=_NO_IDENTITY)
-    """URL of the folder of held-out shards."""
-    image_size: int | None = None
-    """Height and width of images, pixels; none for latents."""
-    channels: int = 3
-    """Channels of images: 1 (grey) or 3 (RGB)."""
-    horizontal_flip: bool = False
-    """Mirror half of the training images, chosen anew each epoch."""
-    lanes: int | None = None
-    """Lanes that the order is made of; by default the largest divisor of the batch that is at most 64."""
-    chunk_bytes: int = 4_000_000
-    """Longest run of samples that is read by one request, bytes."""
-    window_chunks: int = 8
-    """Chunks over which a lane's samples are shuffled."""
-    threads: int = field(default=1, metadata=_NO_IDENTITY)
-    """Decoding threads of a rank."""
-    prefetch_steps: int = field(default=4, metadata=_NO_IDENTITY)
-    """Batches that are held ready."""
-    max_window_bytes: int = field(default=5_000_000_000, metadata=_NO_IDENTITY)
-    """Memory for the windows of a rank's lanes, those in use and those read ahead, bytes."""
-
-    def __post_init__(self) -> None:
-        if self.channels not in (1, 3):
-            raise ValueError(f"data.channels is {self.channels}; expected 1 (grey) or 3 (RGB)")
-        for name in ("image_size", "lanes"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"data.{name} is {getattr(self, name)}; expected at least 1, or none")
-        for name in ("chunk_bytes", "window_chunks", "threads", "prefetch_steps", "max_window_bytes"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"data.{name} is {getattr(self, name)}; expected at least 1")
 
 
 class Batch(TypedDict):
     """A rank's batch: the lane batches of its slots, one after the other. It has either x or z_clean.
 
-    x: images, float32 in [-1, 1], (B, C, H, W).  z_clean: latents, float32, (B, C, h, w) or (B, C, t, h, w).
+    x: images, float32 in [-1, 1], (B, C, H, W), or clips, (B, C, T, H, W).
+    z_clean: latents, float32, (B, C, h, w) or (B, C, t, h, w).
     label: class ids, int64, -1 where a sample has none, (B,).
     uniform: a number in [0, 1) per sample and epoch that decides label dropout, float64, (B,).
     weight: weight of each sample's loss, float32, (B,): 0 for the samples of a surplus slot.
     keys: names of the samples, `dataset/shard/key`.
+    text: captions, where they are asked for.
     """
 
     x: NotRequired[torch.Tensor]
@@ -82,16 +46,9 @@ class Batch(TypedDict):
     uniform: torch.Tensor
     weight: torch.Tensor
     keys: list[str]
+    text: NotRequired[list[str]]
 
 
-class Sample(NamedTuple):
-    """A sample's name and the bytes of its parts."""
-
-    name: str
-    parts: Mapping[str, Buffer]
-
-
-Decode = Callable[[Sample, bool], np.ndarray]
 Reads = list[Future[list[Sample]]]
 
 
@@ -124,7 +81,7 @@ class LaneStream:
 
     def __init__(self, index: Index, plan: LanePlan, config: DataConfig, slots: list[LaneSlot]) -> None:
         self.index, self.plan, self.config, self.slots = index, plan, config, slots
-        self._decode = _decoder(index, config)
+        self._decode = make_decoder(index.parts, config, index.url)
         lanes = len({slot.lane for slot in slots})
         needed = self._window_bytes(lanes)
         if needed > config.max_window_bytes:
@@ -151,16 +108,17 @@ class LaneStream:
         lanes = list(dict.fromkeys(slot.lane for slot in self.slots))
         rows = np.concatenate([lanes.index(slot.lane) * len(lane_batch) + lane_batch for slot in self.slots])
         weight = np.repeat(np.array([slot.weight for slot in self.slots], np.float32), len(lane_batch))
-        seed, flip = self.plan.seed, self.config.horizontal_flip
+        seed = self.plan.seed
         with _Workers(self.index, self.config.threads) as workers:
             readers = [_LaneReader(self.plan, lane, step, workers.read) for lane in lanes]
             while True:
                 taken = [item for reader in readers for item in reader.take(step)]
                 samples = [sample for _, sample in taken]
-                flips = [flip and is_flipped(seed, epoch, sample.name) for epoch, sample in taken]
+                draws = [Draw(seed, epoch) for epoch, _ in taken]
                 uniforms = np.array([uniform(seed, "training", epoch, name) for epoch, (name, _) in taken])
-                arrays = workers.decode(self._decode, samples, flips)
-                yield _collate([samples[i] for i in rows], [arrays[i] for i in rows], uniforms[rows], weight)
+                examples = workers.decode(self._decode, samples, draws)
+                names = [samples[i].name for i in rows]
+                yield _collate(names, [examples[i] for i in rows], uniforms[rows], weight)
                 step += 1
 
     def _window_bytes(self, lanes: int) -> int:
@@ -186,7 +144,9 @@ def iterate(
     part = slice(start, len(index) if stop is None else min(stop, len(index)))
     shard, offset, size = index.shard[part], index.offset[part], index.size[part]
     chunks = (start + cut_chunks(shard, offset, size, config.chunk_bytes, max_samples=len(index))).tolist()
-    source = _make_in_order(index, _decoder(index, config), chunks, batch_size, config.threads)
+    source = _make_in_order(
+        index, make_decoder(index.parts, config, index.url), chunks, batch_size, config.threads
+    )
     return _in_background(source, config.prefetch_steps)
 
 
@@ -202,8 +162,9 @@ def _make_in_order(
                 ready += reads.popleft().result()
                 reads.extend(workers.read(*range_) for range_ in islice(ranges, 1))
             samples, ready = ready[:batch_size], ready[batch_size:]
-            arrays = workers.decode(decode, samples, [False] * len(samples))
-            yield _collate(samples, arrays, np.ones(len(samples)), np.ones(len(samples), np.float32))
+            examples = workers.decode(decode, samples, [None] * len(samples))
+            names = [sample.name for sample in samples]
+            yield _collate(names, examples, np.ones(len(samples)), np.ones(len(samples), np.float32))
 
 
 class _LaneReader:
@@ -277,79 +238,27 @@ class _Workers:
             samples.append(Sample(name, parts))
         return samples
 
-    def decode(self, decode: Decode, samples: list[Sample], flips: list[bool]) -> list[np.ndarray]:
+    def decode(self, decode: Decode, samples: list[Sample], draws: Sequence[Draw | None]) -> list[Example]:
         """Decode samples, dealt evenly to the decoding threads."""
         if self._threads == 1:
-            return [decode(sample, flip) for sample, flip in zip(samples, flips)]
-
-        def every(first: int) -> list[np.ndarray]:
-            own = slice(first, None, self._threads)
-            return [decode(sample, flip) for sample, flip in zip(samples[own], flips[own])]
-
-        arrays: list[np.ndarray] = [np.empty(0)] * len(samples)
-        for first, decoded in enumerate(self._decoders.map(every, range(self._threads))):
-            arrays[first :: self._threads] = decoded
-        return arrays
+            return [decode(sample, draw) for sample, draw in zip(samples, draws)]
+        return list(self._decoders.map(decode, samples, draws))
 
 
-def _decoder(index: Index, config: DataConfig) -> Decode:
-    """Return the function that decodes this set's samples, (sample, mirrored) → array."""
-    if LATENT_PART in index.parts:
-        if config.horizontal_flip:
-            raise ValueError(f"data.horizontal_flip is set, but {index.url} holds latents, not images")
-        return _decode_latent
-    if not set(IMAGE_PARTS) & set(index.parts):
-        expected = ", ".join([*IMAGE_PARTS, LATENT_PART])
-        found = ", ".join(index.parts)
-        raise ValueError(f"{index.url}: the samples have {found}; expected one of {expected}")
-    size, channels = config.image_size, config.channels
-    if size is None:
-        raise ValueError(f"data.image_size is not set, and {index.url} holds images")
-
-    def decode(sample: Sample, flip: bool) -> np.ndarray:
-        part = next((part for part in IMAGE_PARTS if part in sample.parts), None)
-        if part is None:
-            raise ValueError(f"{sample.name}: has no image, only {', '.join(sample.parts)}")
-        try:
-            pixels = center_crop(decode_image(sample.parts[part], channels), size)
-        except ValueError as error:
-            raise ValueError(f"{sample.name}.{part}: {error}") from error
-        return pixels[:, ::-1] if flip else pixels
-
-    return decode
-
-
-def _decode_latent(sample: Sample, flip: bool) -> np.ndarray:
-    if LATENT_PART not in sample.parts:
-        raise ValueError(f"{sample.name}: has no {LATENT_PART}, only {', '.join(sample.parts)}")
-    try:
-        return decode_npy(sample.parts[LATENT_PART])
-    except ValueError as error:
-        raise ValueError(f"{sample.name}.{LATENT_PART}: {error}") from error
-
-
-def _label(sample: Sample) -> int:
-    text = bytes(sample.parts.get("cls", b"-1"))
-    try:
-        return int(text)
-    except ValueError:
-        raise ValueError(f"{sample.name}.cls: {text[:40]!r} is not a class id") from None
-
-
-def _collate(
-    samples: list[Sample], arrays: list[np.ndarray], uniforms: np.ndarray, weight: np.ndarray
-) -> Batch:
+def _collate(names: list[str], examples: list[Example], uniforms: np.ndarray, weight: np.ndarray) -> Batch:
     """Stack decoded samples. All is numpy's: torch would start threads of its own here."""
-    for sample, array in zip(samples, arrays):
+    arrays = [example.array for example in examples]
+    for name, array in zip(names, arrays):
         if array.shape != arrays[0].shape:
-            first = samples[0].name
-            raise ValueError(f"{sample.name} has shape {array.shape}, {first} has {arrays[0].shape}")
+            raise ValueError(f"{name} has shape {array.shape}, {names[0]} has {arrays[0].shape}")
     batch = Batch(
-        label=torch.from_numpy(np.array([_label(sample) for sample in samples], np.int64)),
+        label=torch.from_numpy(np.array([example.label for example in examples], np.int64)),
         uniform=torch.from_numpy(uniforms),
         weight=torch.from_numpy(weight.copy()),
-        keys=[sample.name for sample in samples],
+        keys=names,
     )
+    if examples[0].text is not None:
+        batch["text"] = [example.text or "" for example in examples]
     if arrays[0].dtype == np.uint8:
         batch["x"] = torch.from_numpy(to_unit_range(arrays))
     else:
