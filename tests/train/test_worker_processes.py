@@ -65,20 +65,30 @@ def children_of(pid: int) -> list[int]:
     return [int(child) for child in children]
 
 
+def is_running(pid: int) -> bool:
+    try:
+        return open(f"/proc/{pid}/stat").read().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_rank_that_hangs_ends_the_others_with_rank_step_and_phase(write_config):
     path = write_config(AUTOENCODER, train={"steps": 100000})
     run_dir = run_dir_of(path)
-    # A process that is stopped does not hear SIGTERM: do not wait for it long.
-    ranks = ["--standalone", "--nproc-per-node=2", "--shutdown-timeout=2"]
-    agent = start(ranks, path, "parallel.timeout_s=4")
+    agent = start(["--standalone", "--nproc-per-node=2"], path, "parallel.timeout_s=4")
     wait_for_step(run_dir, 3, agent)
-    os.kill(hung := children_of(agent.pid)[-1], signal.SIGSTOP)
+    waiting, hung = children_of(agent.pid)
+    os.kill(hung, signal.SIGSTOP)
     try:
-        output, _ = agent.communicate(timeout=100)
+        deadline = time.monotonic() + 60
+        while is_running(waiting) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        # A process that is stopped does not hear the agent's SIGTERM, which waits long before it kills.
+        os.kill(hung, signal.SIGKILL)
+        output, _ = agent.communicate(timeout=60)
     finally:
         if agent.poll() is None:
-            os.kill(hung, signal.SIGKILL)
             agent.kill()
     assert agent.returncode == 1
     assert re.search(r"rank 0 of 2, step \d+, .*(timeout|timed out)", output, re.IGNORECASE), output[-3000:]

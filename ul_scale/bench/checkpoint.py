@@ -101,11 +101,15 @@ def steps_until(ends: Sequence[float], committed: float) -> int:
 
 
 def make_workload(gigabytes: float, process: Process) -> Workload:
-    """Return a transformer with at least so many GB (10⁹ bytes) of fp32 parameters and short steps."""
+    """Return a transformer with at least so many GB (10⁹ bytes) of fp32 parameters and short steps.
+
+    They are bound by arithmetic, as a GPU's are for the host: with few tokens a step is mostly the optimizer
+    going through memory, whose bandwidth a CPU's training would share with the save.
+    """
     width = 1024 if gigabytes >= 0.1 else 64
     blocks = math.ceil(gigabytes * 1e9 / 4 / (18 * width**2))
     net = UViTConfig(patch=1, levels=[LevelConfig(kind="transformer", channels=width, blocks=blocks)])
-    return Workload(base_config(net, batch_size=1), process, latent_facts((4, 4, 4)))
+    return Workload(base_config(net, batch_size=1), process, latent_facts((4, 16, 16)))
 
 
 def check_room(gigabytes: float, root: Path, device: torch.device) -> None:
