@@ -1,5 +1,6 @@
 """Shapes in signatures are checked while the tests run; and a tiny data set with runs to train on it."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +14,17 @@ torch.set_num_threads(1)
 install_import_hook(["ul_scale.diffusion"], "beartype.beartype")
 
 
+@pytest.fixture(autouse=True, scope="session")
+def own_cache(tmp_path_factory) -> None:
+    """Keep downloaded indexes out of the user's cache."""
+    os.environ["UL_SCALE_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory) -> dict[str, str]:
     """Return the folders of a training and a held-out set: two classes of bright squares on noise."""
-    from ul_scale.data.build import build_class_folders
+    from ul_scale.data.writing.shards import write_shards
+    from ul_scale.data.writing.sources import SourceOptions, find_source
 
     root = tmp_path_factory.mktemp("images")
     urls = {}
@@ -30,7 +38,8 @@ def shards(tmp_path_factory) -> dict[str, str]:
                 pixels[4:12, corner : corner + 5] = rng.integers(180, 255)
                 Image.fromarray(pixels).save(folder / f"{number:03d}.png")
         urls[split] = str(root / "shards" / split)
-        build_class_folders(str(root / split), urls[split], samples_per_shard=10)
+        source = find_source(str(root / split), SourceOptions())
+        write_shards(source, urls[split], samples_per_shard=10)
     return urls
 
 

@@ -9,7 +9,7 @@ TINY_CONV = {"kind": "conv", "channels": 8, "blocks": 2}
 AUTOENCODER = {
     "kind": "autoencoder",
     "name": "tiny",
-    "data": {"image_size": 16, "channels": 1, "lanes": 4},
+    "data": {"image_size": 16, "channels": 1, "lanes": 4, "workers": 0},
     "model": {
         "latent_channels": 2,
         "encoder": {"patch": 2, "channels": [8, 8], "blocks": [1, 1]},
@@ -25,7 +25,7 @@ AUTOENCODER = {
 BASE = {
     "kind": "base",
     "name": "tiny-base",
-    "data": {"lanes": 4},
+    "data": {"lanes": 4, "workers": 0},
     "model": {
         "num_classes": 2,
         "net": {"patch": 1, "levels": [TINY_VIT, TINY_VIT], "head_dim": 8},

@@ -157,3 +157,94 @@ def model(
     print("compiled" if settings.compiled else "not compiled")
     figures = {"settings": dataclasses.asdict(settings), "rows": [dataclasses.asdict(row) for row in rows]}
     _write(json_file, "model", figures, process.device)
+
+
+@bench_app.command("index")
+def index_command(
+    samples: Annotated[int, typer.Option(min=1, help="Of the made-up set.")] = 100_000_000,
+    folder: Annotated[str | None, typer.Option("--dir", help="Where to write it, for a while.")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Fresh processes of each kind.")] = 3,
+    json_file: JsonFile = None,
+) -> None:
+    """Measure opening the index of a large made-up set, its order at step 1,000,000, and their memory.
+
+    Examples:
+    - `ul-scale bench index`
+    - `ul-scale bench index --samples 10000000 --dir /scratch`
+    """
+    from dataclasses import asdict
+
+    from ul_scale.bench import index as bench
+
+    figures = bench.run(samples, rounds, folder, _say)
+    print(bench.report(figures))
+    rows = {kind: [asdict(one) for one in ones] for kind, ones in figures.items()}
+    _write(json_file, "index", {"samples": samples, **rows}, _process().device)
+
+
+@bench_app.command()
+def loader(
+    data: Annotated[
+        str | None, typer.Option(help="Folder or URL of indexed shards; by default images are made up.")
+    ] = None,
+    against: Annotated[str, typer.Option(help="Peers, separated by commas.")] = (
+        "webdataset,files,mosaicml-streaming,litdata"
+    ),
+    venvs: Annotated[
+        Path | None, typer.Option(help="Folder with a virtual environment per peer, named like it.")
+    ] = None,
+    python: Annotated[
+        list[str] | None, typer.Option(metavar="PEER=PATH", help="The interpreter that has a peer.")
+    ] = None,
+    task: Annotated[
+        list[str] | None, typer.Option(help="bytes, 64, 256, video (the default), or with other suffixes.")
+    ] = None,
+    images: Annotated[int, typer.Option(min=64, help="To make, or to take from --data.")] = 5000,
+    videos: Annotated[int, typer.Option(min=8, help="To make, or to take from --data.")] = 64,
+    workers: Annotated[int, typer.Option(min=1, help="Processes that read and decode, of each loader.")] = 2,
+    rounds: Annotated[int, typer.Option(min=1, help="Runs of each loader, by turns.")] = 5,
+    work_dir: Annotated[Path, typer.Option(help="Keeps what was made and written, for another time.")] = Path(
+        "runs/bench-loader"
+    ),
+    json_file: JsonFile = None,
+) -> None:
+    """Compare how fast batches arrive: ours and other loaders, on the same samples, by turns.
+
+    Each peer is run by the interpreter that has it: of --python, of --venvs, or this one. It needs its own
+    package, torch, numpy and Pillow there. More tasks: bytes-in-process (no workers), 64-our-decoder and
+    256-our-decoder (peers decode with ours, where they can import it, so that reading is what differs).
+
+    Examples:
+    - `ul-scale bench loader --against files`
+    - `ul-scale bench loader --venvs venvs --json loader.json`
+    - `ul-scale bench loader --data gs://bucket/imagenet/train --task 256 --python webdataset=venv/bin/python`
+    """
+    import dataclasses
+
+    import torch
+    from rich.console import Console
+
+    from ul_scale.bench import loader as bench
+    from ul_scale.bench.loader_result import remarks, table
+    from ul_scale.bench.workload import describe_hardware, hardware
+
+    pythons = {}
+    for item in python or []:
+        name, _, path = item.partition("=")
+        if not path:
+            raise ValueError(f"--python is {item!r}; expected PEER=PATH")
+        pythons[name] = path
+    for name in task or []:
+        if name not in bench.TASKS:
+            raise ValueError(f"--task is {name!r}; expected one of {', '.join(bench.TASKS)}")
+    tasks = [bench.TASKS[name] for name in task or bench.DEFAULT_TASKS]
+    tasks = [dataclasses.replace(one, workers=workers if one.workers else 0) for one in tasks]
+    peers, missing = bench.find_peers([name for name in against.split(",") if name], pythons, venvs)
+    result = bench.measure(
+        work_dir, tasks, peers, data=data, num_images=images, num_videos=videos, rounds=rounds, say=_say
+    )
+    result.not_measured += missing
+    Console(width=120).print(table(result))
+    print("\n".join(["", *remarks(result), describe_hardware(hardware(torch.device("cpu")))]))
+    settings = {"data": data, "tasks": [dataclasses.asdict(one) for one in tasks], "rounds": rounds}
+    _write(json_file, "loader", {"settings": settings} | result.as_json(), torch.device("cpu"))

@@ -16,6 +16,7 @@ from ul_scale.bench_cli import bench_app  # noqa: E402
 from ul_scale.checkpoint.attempts import Fenced, RunBusy  # noqa: E402
 from ul_scale.checkpoint.transfer import BrokenCheckpoint, SaveFailed  # noqa: E402
 from ul_scale.checkpoint_cli import checkpoint_app  # noqa: E402
+from ul_scale.data_cli import data_app  # noqa: E402
 
 EXIT_FAILED, EXIT_BAD_INPUT = 1, 2
 
@@ -26,7 +27,6 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     help="Train Unified Latents, and sweep base-model sizes against latent bitrates.",
 )
-data_app = typer.Typer(no_args_is_help=True, help="Write and index WebDataset shards.")
 sweep_app = typer.Typer(no_args_is_help=True, help="Plan, run and report scaling-law sweeps.")
 app.add_typer(data_app, name="data")
 app.add_typer(sweep_app, name="sweep")
@@ -105,16 +105,38 @@ def config(config: ConfigPath, overrides: Overrides = None) -> None:
 
 @app.command()
 def encode(
-    run: Annotated[str, typer.Argument(help="Run directory of an autoencoder.")],
+    run: Annotated[str, typer.Argument(help="Run directory or URL of an autoencoder.")],
     step: Annotated[int | None, typer.Option(help="Its checkpoint; by default the newest.")] = None,
+    split: Annotated[list[str] | None, typer.Option(help="train, val; by default those it has.")] = None,
+    dtype: Annotated[str, typer.Option(help="Of what is stored: fp32, or fp16 at half the size.")] = "fp32",
+    flipped: Annotated[bool, typer.Option("--flipped", help="Also store mirror images' latents.")] = False,
+    captions: Annotated[bool | None, typer.Option(help="Keep captions; by default if there are any.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images that are encoded at a time.")] = 100,
+    max_bad_fraction: Annotated[
+        float | None, typer.Option(help="Share that may be left out; by default data.max_bad_fraction.")
+    ] = None,
 ) -> None:
     """Write the latents of an autoencoder's data into its run directory, for base models.
 
-    Example: `ul-scale encode runs/autoencoder-c2.7-0123456789 --step 800`
+    Run again after an interruption, on any number of processes, it writes only the shards that are missing.
+
+    Examples:
+    - `ul-scale encode runs/autoencoder-c2.7-0123456789 --step 800`
+    - `ul-scale encode gs://bucket/runs/autoencoder-c2.7-0123456789 --dtype fp16 --flipped --split train`
+    - `torchrun --nproc-per-node=8 -m ul_scale.cli encode RUN`
     """
+    from ul_scale.checkpoint.files import run_path
+    from ul_scale.evaluate.encode import EncodeConfig
     from ul_scale.evaluate.encode import encode as encode_run
 
-    for folder in encode_run(local_run(run), step):
+    config = EncodeConfig(
+        dtype=dtype,
+        flipped=flipped,
+        captions=captions,
+        batch_size=batch_size,
+        max_bad_fraction=max_bad_fraction,
+    )
+    for folder in encode_run(run_path(run), step, split or None, config):
         print(folder)
 
 
@@ -144,44 +166,6 @@ def evaluate(
     run_dir = local_run(run)
     for number in step or [newest_step(run_dir)]:
         print(json.dumps(evaluate_run(run_dir, number, evaluation), indent=1), flush=True)
-
-
-@data_app.command("build")
-def data_build(
-    source: Annotated[str, typer.Argument(help="SOURCE/<class>/<image>")],
-    dest: Annotated[str, typer.Argument(help="Folder or URL of the shards.")],
-    shortest_side: Annotated[int | None, typer.Option(help="Resize to this many pixels.")] = None,
-    image_format: Annotated[str, typer.Option(help="keep, webp (lossless), png or jpg.")] = "keep",
-    samples_per_shard: Annotated[int, typer.Option(help="Samples in a shard.")] = 1000,
-) -> None:
-    """Write WebDataset shards and their index from class folders of images.
-
-    Run again after an interruption, it writes only the shards that are missing.
-
-    Example: `ul-scale data build imagenet/train shards/train --shortest-side 512`
-    """
-    from ul_scale.data.build import build_class_folders
-
-    index = build_class_folders(
-        source,
-        dest,
-        shortest_side=shortest_side,
-        image_format=image_format,
-        samples_per_shard=samples_per_shard,
-    )
-    print(f"{dest}: {len(index)} samples, fingerprint {index.fingerprint}")
-
-
-@data_app.command("index")
-def data_index(url: Annotated[str, typer.Argument(help="Folder or URL of the shards.")]) -> None:
-    """Index existing WebDataset tars, without rewriting them.
-
-    Example: `ul-scale data index gs://bucket/imagenet/train`
-    """
-    from ul_scale.data.index import build_index
-
-    index = build_index(url)
-    print(f"{url}: {len(index)} samples, fingerprint {index.fingerprint}")
 
 
 @sweep_app.command("run")

@@ -6,9 +6,12 @@ history, so a resumed run, or one at another world size, draws the very same num
 
 import hashlib
 import json
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
+
+if TYPE_CHECKING:  # Processes that read data need no torch, which takes seconds to import.
+    import torch
 
 Key = str | int
 _JSON = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False)
@@ -34,6 +37,8 @@ def uniform(*key: Key) -> float:
     return (seed_of(*key) >> 11) * 2.0**-53
 
 
-def generator(device: torch.device | str, *key: Key) -> torch.Generator:
+def generator(device: "torch.device | str", *key: Key) -> "torch.Generator":
     """Return a torch generator for a key. CPU and CUDA streams of the same key differ."""
+    import torch
+
     return torch.Generator(device=device).manual_seed(seed_of(*key) >> 1)

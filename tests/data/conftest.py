@@ -11,6 +11,8 @@ import pytest
 from PIL import Image
 
 from ul_scale.data import storage
+from ul_scale.data.index import Index
+from ul_scale.data.indexing import build_index
 
 
 def tar_bytes(members: dict[str, bytes], **options) -> bytes:
@@ -62,3 +64,19 @@ def memory_url() -> Iterator[str]:
 @pytest.fixture
 def no_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(storage, "RETRY_WAITS_S", (0.0, 0.0, 0.0))
+
+
+def write_latents(url: str, latents: np.ndarray, samples_per_shard: int, classes: int = 0) -> Index:
+    """Write shards of latents, with labels (number mod classes) if there are classes; return their index."""
+    fs, root = fsspec.core.url_to_fs(url)
+    fs.makedirs(root, exist_ok=True)
+    for first in range(0, len(latents), samples_per_shard):
+        members = {}
+        for number in range(first, min(first + samples_per_shard, len(latents))):
+            stream = io.BytesIO()
+            np.save(stream, latents[number])
+            members[f"{number:03d}.z_clean.npy"] = stream.getvalue()
+            if classes:
+                members[f"{number:03d}.cls"] = str(number % classes).encode()
+        fs.pipe_file(f"{root}/latents-{first // samples_per_shard:06d}.tar", tar_bytes(members))
+    return build_index(url, dataset="latents")

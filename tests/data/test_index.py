@@ -1,250 +1,29 @@
-"""The index against tarfile and webdataset, and what it refuses."""
+"""Opening an index: what no longer fits is named, and remote ones are downloaded once."""
 
-import io
-import json
-import os
-import shutil
-import tarfile
+import pickle
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import fsspec
 import numpy as np
 import pytest
-import webdataset
+from buckets import bucket_root, gcs_bucket, s3_bucket  # noqa: F401
 
-from ul_scale.data import index as index_module
-from ul_scale.data import storage
-from ul_scale.data.index import ABSENT, Index, build_index, open_index
+from ul_scale.data import index_cache, storage
+from ul_scale.data.index import Index, open_index
+from ul_scale.data.indexing import build_index
 
-from .conftest import tar_bytes, write_shards
-
-CONTENT = {
-    "0001.png": b"p" * 700,
-    "0001.cls": b"3",
-    "folder.with.dots/0002.png": b"",
-    "folder.with.dots/0002.txt": b"caption" * 200,
-    "./0003.PNG": b"upper case",
-    "0004.z_clean.npy": b"n" * 512,
-    "é" * 20 + ".png": b"needs a PAX header",
-    "long/" * 60 + "name.png": b"needs one too",
-    "long/" * 60 + "name.cls": b"7",
-    "9999.png": b"plain again",
-}
+from .conftest import write_shards
 
 
-def check(index: Index, shards: dict[str, bytes]) -> None:
-    """Compare every sample with what tarfile and webdataset's grouping say of it."""
-    expected, seen = [], 0
-    for number, (name, data) in enumerate(sorted(shards.items())):
-        with tarfile.open(fileobj=io.BytesIO(data)) as tar:
-            groups: dict[str, list[tuple[str, tarfile.TarInfo]]] = {}
-            for info in tar:
-                key, part = webdataset.tariterators.base_plus_ext(info.name)
-                if info.isreg() and key is not None:
-                    groups.setdefault(key, []).append((part.lower(), info))
-            expected += [(number, name, data, key, group) for key, group in groups.items()]
-    assert len(index) == len(expected)
-    for i, (number, name, data, key, group) in enumerate(expected):
-        assert index.shard[i] == number and index.keys(i, i + 1) == [key]
-        assert index.names(i, i + 1) == [f"{index.dataset}/{name[:-4]}/{key}"]
-        start, end = int(index.offset[i]), int(index.offset[i]) + int(index.size[i])
-        assert start == group[0][1].offset
-        assert end == group[-1][1].offset_data + -(-group[-1][1].size // 512) * 512
-        parts = {
-            part: data[start + int(offset) :][: int(length)]
-            for part, (offset, length) in zip(index.parts, index.members[i])
-            if offset != ABSENT
-        }
-        assert parts == {part: data[info.offset_data :][: info.size] for part, info in group}
-        absent = index.members[i][index.members[i][:, 0] == ABSENT]
-        assert not absent[:, 1].any()
-        seen += len(parts)
-    assert seen == sum(len(group) for *_, group in expected)
-
-
-@pytest.mark.parametrize("form", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
-def test_samples_lie_where_tarfile_finds_them(tmp_path: Path, memory_url: str, form: int) -> None:
-    shards = {
-        "b.tar": tar_bytes(CONTENT, format=form),
-        "a.tar": tar_bytes({}),
-        "c.tar": tar_bytes({"x.jpg": b"j"}),
-    }
-    memory, root = fsspec.core.url_to_fs(memory_url)
-    memory.makedirs(root)
-    for name, data in shards.items():
-        (tmp_path / name).write_bytes(data)
-        memory.pipe_file(f"{root}/{name}", data)
-    local, remote = build_index(str(tmp_path)), build_index(memory_url)
-    for index in (local, remote, open_index(str(tmp_path)), open_index(memory_url)):
-        check(index, shards)
-    assert local.fingerprint == remote.fingerprint
-    assert (local.dataset, remote.dataset) == (tmp_path.name, "train")
-    assert isinstance(local.members, np.memmap)
-    assert [shard.samples for shard in local.shards] == [0, 7, 1]
-    assert not list(tmp_path.rglob("*.partial"))
-
-
-def test_members_that_are_no_samples_lie_between(tmp_path: Path) -> None:
-    stream = io.BytesIO()
-    with tarfile.open(fileobj=stream, mode="w", pax_headers={"comment": "global"}) as tar:
-        for name, kind in [
-            ("folder", tarfile.DIRTYPE),
-            ("README", b"0"),
-            ("a.png", b"0"),
-            (".hidden.png", b"0"),
-            ("b.png", b"0"),
-        ]:
-            info = tarfile.TarInfo(name)
-            info.type, info.size = kind, 5 if kind == b"0" else 0
-            tar.addfile(info, io.BytesIO(b"12345"))
-    (tmp_path / "0.tar").write_bytes(stream.getvalue())
-    index = build_index(str(tmp_path))
-    check(index, {"0.tar": stream.getvalue()})
-    assert index.keys(0, 2) == ["a", "b"]
-
-
-def test_a_tar_with_pax_headers_before_every_member(tmp_path: Path) -> None:
-    with webdataset.TarWriter(str(tmp_path / "0.tar")) as writer:  # its fractional times need them
-        for i in range(5):
-            writer.write({"__key__": f"s{i}", "png": b"x" * i * 300, "cls": str(i).encode()})
-    data = (tmp_path / "0.tar").read_bytes()
-    assert b"mtime=" in data
-    check(build_index(str(tmp_path)), {"0.tar": data})
-
-
-def test_remote_headers_are_read_in_long_ranges(memory_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    fs, root = fsspec.core.url_to_fs(memory_url)
-    fs.makedirs(root)
-    data = tar_bytes({f"{i:04d}.bin": bytes(5000) for i in range(200)})
-    fs.pipe_file(f"{root}/0.tar", data)
-    monkeypatch.setattr(index_module, "_READ_AHEAD_BYTES", 100_000)
-    ranges = []
-    cat = type(fs).cat_file
-    monkeypatch.setattr(
-        type(fs),
-        "cat_file",
-        lambda self, path, start=None, end=None: ranges.append((path, start)) or cat(self, path, start, end),
-    )
-    index = build_index(memory_url)
-    check(index, {"0.tar": data})
-    assert 10 <= sum(path.endswith("0.tar") for path, _ in ranges) <= 14
-
-
-def test_keys_are_found_across_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(index_module, "_KEYS_PER_GROUP", 7)
-    (tmp_path / "0.tar").write_bytes(tar_bytes({f"k{i}.txt": b"" for i in range(30)}))
-    index = build_index(str(tmp_path))
-    for start in range(30):
-        for stop in range(start, 31):
-            assert index.keys(start, stop) == [f"k{i}" for i in range(start, stop)]
-
-
-def test_the_fingerprint_is_of_the_content_not_of_the_place(tmp_path: Path) -> None:
-    one, two = tmp_path / "one", tmp_path / "two"
-    write_shards(str(one), [3, 2])
-    shutil.copytree(one, two)
-    for path in two.iterdir():
-        os.utime(path, (0, 0))
-    fingerprint = build_index(str(one)).fingerprint
-    assert build_index(str(two), dataset="other").fingerprint == fingerprint
-    (two / "000.tar").rename(two / "0000.tar")
-    assert build_index(str(two)).fingerprint != fingerprint
-
-
-@pytest.mark.parametrize("change", [{"b.txt": b"1"}, {"a.txt": b"1" * 600}, {"a.txt": b"1", "b.txt": b""}])
-def test_the_fingerprint_changes_with_keys_and_offsets(tmp_path: Path, change: dict[str, bytes]) -> None:
-    fingerprints = []
-    for number, members in enumerate([{"a.txt": b"1", "z.txt": b""}, {**change, "z.txt": b""}]):
-        (tmp_path / str(number)).mkdir()
-        (tmp_path / str(number) / "0.tar").write_bytes(tar_bytes(members))
-        fingerprints.append(build_index(str(tmp_path / str(number))).fingerprint)
-    assert fingerprints[0] != fingerprints[1]
-
-
-def test_the_files_are_those_that_the_format_fixes(tmp_path: Path) -> None:
-    write_shards(str(tmp_path), [3, 2])
-    built = build_index(str(tmp_path), dataset="set", classes=["a", "b"], extra={"std": 0.5})
-    folder = tmp_path / "_index"
-    arrays = {name: np.load(folder / f"{name}.npy") for name in ("offset", "size", "shard", "members")}
-    assert {name: (a.dtype.str, a.shape) for name, a in arrays.items()} == {
-        "offset": ("<u8", (5,)),
-        "size": ("<u4", (5,)),
-        "shard": ("<u4", (5,)),
-        "members": ("<u4", (5, 2, 2)),
-    }
-    meta = json.loads((folder / "meta.json").read_text())
-    assert meta["format_version"] == 1 and meta["parts"] == ["cls", "png"]
-    assert [(s["name"], s["size"], s["samples"]) for s in meta["shards"]] == [
-        ("000.tar", (tmp_path / "000.tar").stat().st_size, 3),
-        ("001.tar", (tmp_path / "001.tar").stat().st_size, 2),
-    ]
-    assert (built.dataset, built.classes, built.extra) == ("set", ("a", "b"), {"std": 0.5})
-    again = build_index(str(tmp_path))  # what only the writer knew is kept
-    assert (again.dataset, again.classes, again.extra) == ("set", ("a", "b"), {"std": 0.5})
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        *["../x.png", "/x.png", "a/../../x.png", "a\\b.png", "a\n.png"],
-        *["x.pkl", "x.pickle", "x.pt", "x.pth", "x.pyd", "x.weights.PTH", "x.pkl.gz"],
-    ],
-)
-def test_members_that_are_refused(tmp_path: Path, name: str) -> None:
-    (tmp_path / "0.tar").write_bytes(tar_bytes({"ok.png": b"", name: b""}))
-    with pytest.raises(
-        ValueError, match=r"0\.tar: member '.*(x|a|b).*' (has an absolute path|holds pickled)"
-    ):
-        build_index(str(tmp_path))
-    assert not (tmp_path / "_index").exists()
-
-
-@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE])
-def test_links_and_devices_are_refused(tmp_path: Path, kind: bytes) -> None:
-    with tarfile.open(tmp_path / "0.tar", "w") as tar:
-        info = tarfile.TarInfo("a.png")
-        info.type, info.linkname = kind, "/etc/passwd"
-        tar.addfile(info)
-    with pytest.raises(ValueError, match=r"0\.tar: member 'a\.png' is a link, device or sparse file"):
-        build_index(str(tmp_path))
-
-
-WHOLE = tar_bytes({"a.png": b"1" * 600, "b.png": b"2" * 600})
-
-
-@pytest.mark.parametrize(
-    ("data", "message"),
-    [
-        (WHOLE[:3072], "the tar ends at byte 3072 without an end mark; it is cut short"),
-        (WHOLE[:3000], "the tar ends at byte 3000 without an end mark"),
-        (WHOLE[:2600], r"no readable tar header at byte 1536 \(its content would end at byte 2648 of 2600\)"),
-        (WHOLE[:1700], "the tar ends at byte 1700 without an end mark"),
-        (WHOLE[:1536] + b"x" * 512 + WHOLE[2048:], "no readable tar header at byte 1536 "),
-        (b"", "the tar ends at byte 0 without an end mark"),
-        (b"not a tar" * 200, "no readable tar header at byte 0"),
-    ],
-)
-def test_damaged_tars(tmp_path: Path, data: bytes, message: str) -> None:
-    (tmp_path / "0.tar").write_bytes(data)
-    with pytest.raises(ValueError, match=rf"0\.tar: {message}"):
-        build_index(str(tmp_path))
-
-
-def test_a_sample_that_comes_twice(tmp_path: Path) -> None:
-    (tmp_path / "0.tar").write_bytes(tar_bytes({"a.png": b"", "b.png": b"", "a.cls": b""}))
-    with pytest.raises(ValueError, match=r"0\.tar: the parts of 'a' do not lie next to each other"):
-        build_index(str(tmp_path))
-    (tmp_path / "0.tar").write_bytes(tar_bytes({"a.png": b"", "a.PNG": b""}))
-    with pytest.raises(ValueError, match=r"0\.tar: two members are named a\.png"):
-        build_index(str(tmp_path))
-
-
-def test_nothing_to_index(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"no \.tar shards in this folder"):
-        build_index(str(tmp_path))
-    (tmp_path / "0.tar").write_bytes(tar_bytes({"README": b""}))
-    with pytest.raises(ValueError, match="the shards hold no samples"):
-        build_index(str(tmp_path))
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    cache = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("UL_SCALE_CACHE", str(cache))
+    return cache
 
 
 @pytest.mark.parametrize("place", ["local", "memory"])
@@ -270,7 +49,7 @@ def test_a_shard_that_is_not_what_was_indexed(tmp_path: Path, memory_url: str, p
     assert len(build_index(url)) == 7
 
 
-def test_another_etag_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog) -> None:
+def test_another_etag_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_shards(str(tmp_path), [2])
     files, etag = storage.list_files, "one"
 
@@ -279,10 +58,13 @@ def test_another_etag_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(storage, "list_files", list_with_etags)
     build_index(str(tmp_path))
-    assert not caplog.records
     etag = "two"
+    with pytest.raises(
+        ValueError, match=r"000\.tar changed since it was indexed: etag two, index says one; run: "
+    ):
+        open_index(str(tmp_path))
+    etag = None
     open_index(str(tmp_path))
-    assert "000.tar has another etag" in caplog.text
 
 
 def test_an_index_that_is_not_there(tmp_path: Path) -> None:
@@ -298,16 +80,39 @@ def test_an_index_that_cannot_be_read(tmp_path: Path) -> None:
     build_index(str(tmp_path))
     folder = tmp_path / "_index"
     meta = (folder / "meta.json").read_text()
-    (folder / "meta.json").write_text(meta.replace('"format_version": 1', '"format_version": 2'))
-    with pytest.raises(ValueError, match="the index has format 2, this version reads 1; run: ul-scale"):
-        open_index(str(tmp_path))
+    for changed, message in [
+        (
+            meta.replace('"format_version":2', '"format_version":1'),
+            "the index has format 1, this version reads 2",
+        ),
+        (
+            meta.replace('"samples":2', '"samples":3'),
+            r"cannot be read \(offset.npy is uint64 \[2\], expected uint64 \[3\]",
+        ),
+        (
+            meta.replace('"size.npy"', '"../size.npy"'),
+            r"cannot be read \(it lists the files .*\.\./size\.npy",
+        ),
+        (meta.replace('"parts"', '"pieces"'), r"cannot be read \('parts'\)"),
+    ]:
+        (folder / "meta.json").write_text(changed)
+        with pytest.raises(ValueError, match=f"{message}.*; run: ul-scale data index {tmp_path}"):
+            open_index(str(tmp_path))
     (folder / "meta.json").write_text(meta)
-    np.save(folder / "size.npy", np.zeros(3, np.uint32))
-    with pytest.raises(ValueError, match="the index's files disagree about the number of samples"):
-        open_index(str(tmp_path))
-    (folder / "size.npy").write_bytes(b"")
-    with pytest.raises(ValueError, match="the index cannot be read"):
-        open_index(str(tmp_path))
+    for name in ("size.npy", "keys.parquet"):
+        data = (folder / name).read_bytes()
+        for content, message in [
+            (data + b"1", f"{name} has {len(data) + 1} bytes, expected {len(data)}"),
+            (b"x" * len(data), "the index cannot be read"),
+            (None, "the index cannot be read"),
+        ]:
+            (folder / name).unlink()
+            if content is not None:
+                (folder / name).write_bytes(content)
+            with pytest.raises(ValueError, match=message):
+                open_index(str(tmp_path))
+            (folder / name).write_bytes(data)
+    assert len(open_index(str(tmp_path))) == 2
     (folder / "meta.json").write_text("{")
     with pytest.raises(ValueError, match=r"no index, or its meta\.json is damaged"):
         open_index(str(tmp_path))
@@ -323,3 +128,171 @@ def test_an_index_that_cannot_be_read(tmp_path: Path) -> None:
 def test_urls_that_are_refused(url: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         open_index(url)
+
+
+@pytest.fixture
+def requests(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Note what is read from where the shards are."""
+    paths, lock, read_range = list[str](), threading.Lock(), storage.read_range
+
+    def read(fs, path: str, start: int, end: int, *policy) -> bytes:
+        with lock:
+            paths.append(path.rsplit("/", 1)[-1])
+        return read_range(fs, path, start, end, *policy)
+
+    monkeypatch.setattr(storage, "read_range", read)
+    return paths
+
+
+FILES = ["keys.parquet", "members.npy", "offset.npy", "shard.npy", "size.npy"]
+
+
+def same(one: Index, two: Index) -> bool:
+    arrays = all(
+        np.array_equal(getattr(one, name), getattr(two, name))
+        for name in ("offset", "size", "shard", "members")
+    )
+    names = one.names(0, len(one)) == two.names(0, len(two))
+    return arrays and names and one.identity == two.identity and one.shards == two.shards
+
+
+def test_an_index_is_downloaded_once(
+    bucket_root: str,  # noqa: F811
+    requests: list[str],
+    own_cache: Path,
+) -> None:
+    write_shards(bucket_root, [3, 2])
+    built = build_index(bucket_root)
+    assert sorted(name for name in requests if name in FILES) == FILES
+    requests.clear()
+    opened = open_index(bucket_root)
+    assert requests == ["meta.json"]
+    requests.clear()
+    again = pickle.loads(pickle.dumps(opened))
+    assert not requests and same(again, built) and same(opened, built)
+    assert isinstance(again.members, np.memmap) and len(pickle.dumps(opened)) < 1000
+    assert Path(str(again.location.folder)).is_relative_to(own_cache)
+
+
+def test_it_is_downloaded_in_ranges_that_fit_together(
+    memory_url: str, requests: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(index_cache, "_RANGE_BYTES", 7)
+    write_shards(memory_url, [30])
+    index = build_index(memory_url)
+    assert requests.count("offset.npy") == -(-(128 + 30 * 8) // 7)
+    assert index.keys(0, 30) == [f"{i:04d}" for i in range(30)]
+
+
+def test_many_at_once_download_it_once(memory_url: str, requests: list[str], own_cache: Path) -> None:
+    write_shards(memory_url, [3, 2])
+    build_index(memory_url)
+    for path in own_cache.rglob("*.npy"):
+        path.unlink()
+    requests.clear()
+    with ThreadPoolExecutor(8) as pool:
+        indexes = list(pool.map(open_index, [memory_url] * 8))
+    assert sorted(name for name in requests if name in FILES) == FILES
+    assert all(same(index, indexes[0]) for index in indexes)
+
+
+@pytest.mark.parametrize("damage", ["cut short", "missing", "a leftover"])
+def test_a_damaged_cache_is_replaced(memory_url: str, own_cache: Path, damage: str) -> None:
+    write_shards(memory_url, [3, 2])
+    built = build_index(memory_url)
+    (path,) = own_cache.rglob("offset.npy")
+    if damage == "cut short":
+        path.write_bytes(path.read_bytes()[:-1])
+    elif damage == "missing":
+        path.unlink()
+    else:  # of a process that was killed
+        path.parent.rename(path.parent.with_suffix(".partial"))
+    assert same(open_index(memory_url), built)
+    assert not list(own_cache.rglob("*.partial"))
+
+
+def test_files_that_are_not_those_of_meta_json(memory_url: str, own_cache: Path) -> None:
+    write_shards(memory_url, [3, 2])
+    build_index(memory_url)
+    for folder in (own_cache / "index").iterdir():
+        folder.rename(own_cache / folder.name)
+    fs, root = fsspec.core.url_to_fs(f"{memory_url}/_index/size.npy")
+    data = fs.cat_file(root)
+    fs.pipe_file(root, data[:-1] + bytes([data[-1] ^ 1]))
+    message = (
+        r"cannot be read \(size\.npy is not the file that meta\.json is about.*; run: ul-scale data index"
+    )
+    with pytest.raises(ValueError, match=message):
+        open_index(memory_url)
+    assert [path.suffix for path in (own_cache / "index").iterdir()] == [".lock"]
+
+
+def test_where_nothing_can_be_written_memory_is_used(
+    memory_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog
+) -> None:
+    write_shards(memory_url, [3, 2])
+    built = build_index(memory_url)
+    (tmp_path / "file").write_bytes(b"")
+    monkeypatch.setenv("UL_SCALE_CACHE", str(tmp_path / "file"))
+    index_cache._warn_of_memory.cache_clear()
+    opened = [open_index(memory_url), open_index(memory_url)]
+    assert caplog.text.count("set UL_SCALE_CACHE to a folder that can be written") == 1
+    opened.append(pickle.loads(pickle.dumps(opened[0])))
+    for index in opened:
+        assert same(index, built) and not isinstance(index.members, np.memmap)
+
+
+def test_a_full_disk_is_no_reason_to_stop(memory_url: str, monkeypatch, own_cache: Path, caplog) -> None:
+    write_shards(memory_url, [3, 2])
+    build_index(memory_url)
+    next(own_cache.rglob("size.npy")).unlink()
+
+    def full(*args) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(index_cache.os, "pwrite", full)
+    index_cache._warn_of_memory.cache_clear()
+    assert len(open_index(memory_url)) == 5
+    assert "No space left on device" in caplog.text and not list(own_cache.rglob("*.partial"))
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({"UL_SCALE_CACHE": "/a", "XDG_CACHE_HOME": "/b"}, "/a"),
+        ({"UL_SCALE_CACHE": "", "XDG_CACHE_HOME": "/b"}, "/b/ul_scale"),
+        ({"UL_SCALE_CACHE": "", "XDG_CACHE_HOME": "", "HOME": "/c"}, "/c/.cache/ul_scale"),
+    ],
+)
+def test_where_the_cache_is(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], expected: str
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert index_cache.cache_folder() == Path(expected)
+
+
+def test_a_worker_process_maps_it_without_torch(tmp_path: Path) -> None:
+    write_shards(str(tmp_path), [3, 2])
+    index = build_index(str(tmp_path))
+    for path in tmp_path.glob("*.tar"):
+        path.unlink()  # the shards are not looked at
+    script = (
+        "import pickle, sys; index = pickle.load(sys.stdin.buffer); "
+        "print(index.names(4, 5)[0], len(index), 'torch' in sys.modules)"
+    )
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, input=pickle.dumps(index), capture_output=True, check=True)
+    assert done.stdout.decode().split() == [f"{tmp_path.name}/001/0004", "5", "False"]
+
+
+def test_a_location_whose_index_was_replaced(tmp_path: Path) -> None:
+    write_shards(str(tmp_path), [3])
+    location = build_index(str(tmp_path)).location
+    assert len(Index.at(location)) == 3
+    build_index(str(tmp_path), dataset="other")
+    with pytest.raises(ValueError, match="the index was removed or replaced since it was opened"):
+        Index.at(location)
+    (tmp_path / "_index/meta.json").unlink()
+    with pytest.raises(ValueError, match="the index was removed or replaced since it was opened"):
+        Index.at(location)

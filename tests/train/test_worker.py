@@ -90,7 +90,7 @@ def assert_same(run_dir, other):
 
 
 def test_killed_at_any_moment_the_run_ends_bit_for_bit_the_same(write_config, undisturbed):
-    path = write_config(LONG)
+    path = write_config(LONG | {"data": LONG["data"] | {"workers": 2}})  # the other run read in threads
     run_dir = run_dir_of(path)
     for target in (5, 45, 85):  # before the first save, and between saves
         process = subprocess.Popen([*CLI, "train", str(path)], stdout=subprocess.PIPE, env=ENVIRONMENT)

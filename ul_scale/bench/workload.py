@@ -31,7 +31,7 @@ from ul_scale.stages.autoencoder import AutoencoderStage
 from ul_scale.stages.base import BaseLoss, BaseModel
 from ul_scale.stages.noise import draw_noise
 from ul_scale.train.ema import Ema, EmaConfig
-from ul_scale.train.health import StepHealth
+from ul_scale.train.health import SampleHealth, StepHealth
 from ul_scale.train.host import Host
 from ul_scale.train.loop import Instruments, TrainConfig, to_device, train
 from ul_scale.train.metrics import MetricsWriter
@@ -168,6 +168,7 @@ def made_up_batch(name: str, shape: tuple[int, ...], batch_size: int) -> Batch:
         "label": torch.zeros(batch_size, dtype=torch.long),
         "uniform": torch.rand(batch_size, generator=generator, dtype=torch.float64),
         "weight": torch.ones(batch_size),
+        "replaced": torch.zeros(batch_size),
         "keys": [f"bench/0/{i}" for i in range(batch_size)],
     }
     return batch  # type: ignore[return-value]
@@ -252,6 +253,7 @@ def our_loop(work: Workload, run_dir: Path, saved: Callable[[int], None] | None 
             throughput=throughput,
             bins=work.bins,
             health=health,
+            samples=SampleHealth(config.data.max_bad_fraction, MANY_SAMPLES),
             whereabouts=whereabouts,
             metrics=metrics,
             counters=saves.counters,

@@ -10,7 +10,6 @@ import contextlib
 import errno
 import importlib.util
 import json
-import logging
 import os
 import random
 import re
@@ -22,6 +21,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
+from ul_scale.data.storage import filesystem_options
+
 TEMP_SUFFIX = ".tmp"
 # What link() answers on file systems without hard links, and fsync() where directories have none.
 _UNSUPPORTED = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EMLINK)
@@ -31,8 +32,6 @@ T = TypeVar("T")
 # The module that each kind of URL needs, and how to get it; memory:// is for tests.
 _GCS, _S3 = ("gcsfs", "pip install 'ul-scale[gcs]'"), ("s3fs", "pip install 'ul-scale[s3]'")
 _PROVIDERS = {"gs": _GCS, "gcs": _GCS, "s3": _S3, "memory": ("fsspec", "")}
-SILENCE_S = 60.0
-"""A connection that is silent for so long is given up: without it gcsfs would wait for ever."""
 TRIES, BUDGET_S, FIRST_WAIT_S = 4, 60.0, 0.5
 """Of a small request. gcsfs and s3fs repeat on their own as well, within each of our tries."""
 
@@ -68,15 +67,8 @@ def run_path(root: str) -> Path:
         raise ValueError(f"root is {root}, which needs {module} and universal-pathlib: {extra}")
     from upath import UPath
 
-    options: dict[str, Any] = {"use_listings_cache": False}
-    if module == "gcsfs":
-        from aiohttp import ClientTimeout
-
-        options["requests_timeout"] = ClientTimeout(total=None, sock_connect=30, sock_read=SILENCE_S)
-        # It logs tracebacks of errors that are reported here, in one line.
-        if logging.getLogger("gcsfs").level == logging.NOTSET:
-            logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
-    elif module == "s3fs":
+    options = filesystem_options(scheme)
+    if module == "s3fs":
         options["max_concurrency"] = 4  # Parts of 50 MB that one upload holds in memory.
     return cast(Path, UPath(root, **options))
 

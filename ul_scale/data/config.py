@@ -38,9 +38,9 @@ class DataConfig:
     """Of training clips: random, anew each epoch, or center. Held-out clips are the centre."""
     lanes: int | None = None
     """Lanes that the order is made of; by default the largest divisor of the batch that is at most 64."""
-    chunk_bytes: int = 4_000_000
+    chunk_bytes: int = 1_000_000
     """Longest run of samples that is read by one request, bytes."""
-    window_chunks: int = 8
+    window_chunks: int = 32
     """Chunks over which a lane's samples are shuffled."""
     workers: int = field(default=1, metadata=NOT_IDENTITY)
     """Processes of a rank that read and decode; 0: threads of the training process, for small data."""

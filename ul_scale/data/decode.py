@@ -1,29 +1,38 @@
-"""From the bytes of a sample's part to pixels or an array, on formats that carry no code."""
+"""From a sample's parts to an array, a label and a caption, on formats that carry no code."""
 
 import io
+import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Literal
 
 import numpy as np
-from PIL import Image
 
 from ul_scale.data.config import DataConfig
+from ul_scale.data.images import IMAGE_FORMATS as IMAGE_FORMATS
+from ul_scale.data.images import decode_image as decode_image
+from ul_scale.data.images import open_image as open_image
+from ul_scale.data.jpeg import crop_jpeg
 from ul_scale.data.sample import BadSample, Buffer, Decode, Draw, Example, Sample
-from ul_scale.data.transforms import center_crop, is_flipped
+from ul_scale.data.transforms import Crop, crop_image, is_flipped, random_crop
+from ul_scale.data.video import Frames, import_av, read_clip
+from ul_scale.keyed import uniform
 
-IMAGE_PARTS = ("jpg", "jpeg", "png", "webp")
+IMAGE_PARTS = ("jpg", "jpeg", "png", "webp", "bmp")
+VIDEO_PARTS = ("mp4", "webm", "mkv", "mov", "avi", "gif")
 LATENT_PART = "z_clean.npy"
-# Suffixes lie (ImageNet has a PNG named .JPEG), so any of these is tried; what else Pillow could open
-# is left out, some of it starts other programs.
-IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
-# Modes of more than 8 bits would be clipped in silence.
-EIGHT_BIT_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
+FLIPPED_LATENT_PART = "z_clean_flipped.npy"
+CAPTION_PARTS = ("txt", "json")
+
+Read = Callable[[Sample, Draw | None], np.ndarray]
 
 
 def make_decoder(parts: Sequence[str], config: DataConfig, url: str) -> Decode:
     """Return the function that decodes a set's samples.
+
+    Latents are taken before images and videos. Where `data.frames` is set, videos (and WebP, animated or
+    not, as videos) are; where it is not, images are, and of an animated one the first frame.
 
     Args:
         parts: that its samples have.
@@ -32,40 +41,97 @@ def make_decoder(parts: Sequence[str], config: DataConfig, url: str) -> Decode:
 
     Raises:
         ValueError: if the set does not fit the config.
+        ImportError: if it holds videos and PyAV is missing.
     """
-    if LATENT_PART in parts:
-        if config.horizontal_flip:
-            raise ValueError(f"data.horizontal_flip is set, but {url} holds latents, not images")
-        return _decode_latent
-    if not set(IMAGE_PARTS) & set(parts):
-        expected = ", ".join([*IMAGE_PARTS, LATENT_PART])
-        raise ValueError(f"{url}: the samples have {', '.join(parts)}; expected one of {expected}")
-    size, channels, flip = config.image_size, config.channels, config.horizontal_flip
-    if size is None:
-        raise ValueError(f"data.image_size is not set, and {url} holds images")
+    read = _latent_reader(parts, config, url) if LATENT_PART in parts else _pixel_reader(parts, config, url)
+    if config.captions and not set(CAPTION_PARTS) & set(parts):
+        raise ValueError(
+            f"data.captions is set, but the samples of {url} have {', '.join(parts)}; "
+            f"expected {' or '.join(CAPTION_PARTS)}"
+        )
 
     def decode(sample: Sample, draw: Draw | None) -> Example:
-        part = next((part for part in IMAGE_PARTS if part in sample.parts), None)
-        if part is None:
-            raise BadSample(f"{sample.name}: has no image, only {', '.join(sample.parts)}")
-        try:
-            pixels = center_crop(decode_image(sample.parts[part], channels), size)
-        except ValueError as error:
-            raise BadSample(f"{sample.name}.{part}: {error}") from error
-        if flip and draw is not None and is_flipped(draw.seed, draw.epoch, sample.name):
-            pixels = pixels[:, ::-1]
-        return Example(pixels, label_of(sample))
+        text = caption_of(sample) if config.captions else None
+        return Example(read(sample, draw), label_of(sample), text)
 
     return decode
 
 
-def _decode_latent(sample: Sample, draw: Draw | None) -> Example:
-    if LATENT_PART not in sample.parts:
-        raise BadSample(f"{sample.name}: has no {LATENT_PART}, only {', '.join(sample.parts)}")
-    try:
-        return Example(decode_npy(sample.parts[LATENT_PART]), label_of(sample))
-    except ValueError as error:
-        raise BadSample(f"{sample.name}.{LATENT_PART}: {error}") from error
+def _latent_reader(parts: Sequence[str], config: DataConfig, url: str) -> Read:
+    if config.horizontal_flip and FLIPPED_LATENT_PART not in parts:
+        raise ValueError(
+            f"data.horizontal_flip is set, but {url} holds latents, not images, and no {FLIPPED_LATENT_PART}"
+        )
+    if config.crop != "center":
+        raise ValueError(f"data.crop is {config.crop}, but {url} holds latents, not images")
+
+    def read(sample: Sample, draw: Draw | None) -> np.ndarray:
+        flip = config.horizontal_flip and draw is not None and is_flipped(draw.seed, draw.epoch, sample.name)
+        part = FLIPPED_LATENT_PART if flip else LATENT_PART
+        if part not in sample.parts:
+            raise BadSample(f"{sample.name}: has no {part}, only {', '.join(sample.parts)}")
+        try:
+            return decode_npy(sample.parts[part])
+        except ValueError as error:
+            raise BadSample(f"{sample.name}.{part}: {error}") from error
+
+    return read
+
+
+def _pixel_reader(parts: Sequence[str], config: DataConfig, url: str) -> Read:
+    stills, videos, what = _usable_parts(parts, config, url)
+    size, channels = config.image_size, config.channels
+    if size is None:
+        raise ValueError(f"data.image_size is not set, and {url} holds {what}s")
+    frames = Frames(config.frames or 1, config.frame_stride, config.frame_rate)
+    if set(videos) - {"webp"}:
+        import_av()  # a missing package is to show now
+
+    def read(sample: Sample, draw: Draw | None) -> np.ndarray:
+        part = next((part for part in (*videos, *stills) if part in sample.parts), None)
+        if part is None:
+            raise BadSample(f"{sample.name}: has no {what}, only {', '.join(sample.parts)}")
+        data, crop, start, flip = sample.parts[part], Crop(size, size), None, False
+        if draw is not None:
+            key = draw.seed, draw.epoch, sample.name
+            crop = random_crop(size, *key) if config.crop == "random" else crop
+            start = uniform(draw.seed, "clip", *key[1:]) if config.clip_start == "random" else None
+            flip = config.horizontal_flip and is_flipped(*key)
+        try:
+            if part in videos:
+                clip = read_clip(data, frames, start, channels, crop)
+                pixels = clip if frames.count > 1 else clip[0]
+            else:
+                pixels = _read_image(data, channels, crop, fast=config.fast_jpeg)
+        except ValueError as error:
+            raise BadSample(f"{sample.name}.{part}: {error}") from error
+        return pixels[..., ::-1, :] if flip else pixels
+
+    return read
+
+
+def _usable_parts(parts: Sequence[str], config: DataConfig, url: str) -> tuple[list[str], list[str], str]:
+    """Return which parts are read as images, which as videos, and what to call them."""
+    stills = [part for part in IMAGE_PARTS if part in parts]
+    videos = [part for part in VIDEO_PARTS if part in parts]
+    if not stills and not videos:
+        expected = ", ".join([*IMAGE_PARTS, *VIDEO_PARTS, LATENT_PART])
+        raise ValueError(f"{url}: the samples have {', '.join(parts)}; expected one of {expected}")
+    if config.frames is None:
+        if not stills:
+            raise ValueError(
+                f"{url} holds videos ({', '.join(videos)}): set data.frames, or 1 for single frames"
+            )
+        return stills, [], "image"
+    videos += [part for part in ("webp",) if part in stills]
+    if config.frames > 1 and not videos:
+        raise ValueError(f"data.frames is {config.frames}, but {url} holds images ({', '.join(stills)})")
+    return (stills, videos, "image") if config.frames == 1 else ([], videos, "video")
+
+
+def _read_image(data: Buffer, channels: int, crop: Crop, *, fast: bool) -> np.ndarray:
+    pixels = crop_jpeg(data, channels, crop) if fast else None
+    return crop_image(decode_image(data, channels), crop) if pixels is None else pixels
 
 
 def label_of(sample: Sample) -> int:
@@ -77,35 +143,27 @@ def label_of(sample: Sample) -> int:
         raise BadSample(f"{sample.name}.cls: {text[:40]!r} is not a class id") from None
 
 
-def open_image(data: Buffer) -> Image.Image:
-    """Return a decoded image in the mode it was stored in. EXIF rotation is not applied.
+def caption_of(sample: Sample) -> str:
+    """Return a sample's caption: its `txt`, or else "caption" of its `json`, without space around it.
 
     Raises:
-        ValueError: if it is not an image of 8 bits per channel, or is damaged.
+        BadSample: if it has none, or an empty one.
     """
+    part = next((part for part in CAPTION_PARTS if part in sample.parts), None)
+    if part is None:
+        raise BadSample(f"{sample.name}: has no caption, only {', '.join(sample.parts)}")
     try:
-        image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
-        image.load()
-    # Pillow's plugins raise many classes on damaged files, SyntaxError and struct.error among them.
-    except Exception as error:
-        reason = f"{type(error).__name__}: {error}".replace("\n", " ")
-        raise ValueError(f"not a readable image ({reason})") from error
-    if image.mode not in EIGHT_BIT_MODES:
-        raise ValueError(f"an image of mode {image.mode}; expected 8 bits per channel")
-    return image
-
-
-def decode_image(data: Buffer, channels: int) -> Image.Image:
-    """Return an image in grey or RGB; transparency is dropped.
-
-    Args:
-        data: the image's file.
-        channels: 1 for grey, 3 for RGB.
-
-    Raises:
-        ValueError: if the bytes are not an image of 8 bits per channel.
-    """
-    return open_image(data).convert("L" if channels == 1 else "RGB")
+        text = bytes(sample.parts[part]).decode("utf-8-sig")
+        caption = text if part == "txt" else json.loads(text)["caption"]
+        caption = caption.strip()
+        caption.encode()  # JSON can hold half a surrogate pair
+    except UnicodeDecodeError as error:
+        raise BadSample(f"{sample.name}.{part}: not UTF-8 (byte {error.start})") from None
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        raise BadSample(f"{sample.name}.json: has no text under caption") from None
+    if not caption:
+        raise BadSample(f"{sample.name}.{part}: the caption is empty")
+    return caption
 
 
 def decode_npy(data: Buffer) -> np.ndarray:

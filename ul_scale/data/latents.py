@@ -1,95 +1,165 @@
-"""Write encoded latents as shards, with their statistics in the index."""
+"""A shard of latents as it is made in memory, and what its set is told to hold."""
 
 import io
-from types import TracebackType
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import webdataset
 
-from ul_scale.data import storage
-from ul_scale.data.build import ShardWriter
-from ul_scale.data.decode import LATENT_PART
-from ul_scale.data.index import INDEX_FOLDER, Index, build_index
+from ul_scale.data.decode import FLIPPED_LATENT_PART, LATENT_PART
+from ul_scale.data.index import read_meta
+from ul_scale.data.tar import split_name
+
+DTYPES: dict[str, type[np.floating[Any]]] = {"fp32": np.float32, "fp16": np.float16}
+"""Of stored latents. A .npy file holds no bf16."""
+
+# Rounding leaves no variance of exactly 0; that of latents in use is far above this share of their power.
+_NO_VARIANCE = 1e-12
 
 
-class LatentWriter:
-    """Writes `KEY.z_clean.npy`, with `KEY.cls` and `KEY.txt` where given, and at the end the index.
-
-    The index is written last and only if no exception leaves the `with` block, so a set that has one is
-    complete; what an interrupted writer left is written over.
-
-    Args:
-        dest: folder to write to, on any fsspec filesystem.
-        dataset: first part of the samples' names.
-        samples_per_shard: samples in every shard but the last.
+@dataclass(frozen=True)
+class Summary:
+    """What a shard holds, and its share in the statistics of its set.
 
     Attributes:
-        extra: statistics to keep with the set, such as {"mean": …, "std": …}; fill it before the end.
-        index: the index, once the set is complete.
-
-    Raises:
-        ValueError: if dest holds a complete set, or shards of another origin.
+        size: bytes of the tar.
+        samples: in it.
+        entries: numbers in its latents; the mirror images' are not counted here, nor in the sums.
+        total: sum of the entries, in float64.
+        total_square: sum of their squares.
+        last_class: highest class id, -1 if no sample has one.
     """
 
-    def __init__(self, dest: str, dataset: str, samples_per_shard: int = 1000) -> None:
-        self.dest, self.dataset, self.samples_per_shard = dest, dataset, samples_per_shard
-        self.extra: dict[str, Any] = {}
-        self.index: Index | None = None
-        self._num_shards, self._shape = 0, tuple[int, ...]()
-        self._shard: ShardWriter | None = None
-        self._fs, self._root = storage.open_folder(dest)
+    size: int
+    samples: int
+    entries: int
+    total: float
+    total_square: float
+    last_class: int
 
-    @staticmethod
-    def is_complete(dest: str) -> bool:
-        """Say whether a folder holds a complete set."""
-        fs, root = storage.open_folder(dest)
-        return fs.exists(f"{root}/{INDEX_FOLDER}/meta.json")
 
-    def __enter__(self) -> "LatentWriter":
-        if self.is_complete(self.dest):
-            raise ValueError(f"{self.dest} holds a complete set of latents; delete it to encode again")
-        self._fs.makedirs(self._root, exist_ok=True)
-        leftovers = [name for name in storage.list_files(self.dest) if name.endswith(".tar")]
-        for name in leftovers:
-            if not name.startswith("latents-"):
-                raise ValueError(f"{self.dest}/{name} is not from encoding; choose an empty folder")
-            self._fs.rm_file(f"{self._root}/{name}")
-        return self
+class LatentShard:
+    """A tar of latents in memory, to be written in one step: its samples' `z_clean.npy`, `cls` and `txt`.
 
-    def write(self, key: str, z_clean: np.ndarray, *, label: int = -1, text: str | None = None) -> None:
-        """Append a sample's latent, (C, h, w) or (C, t, h, w); a label of -1 means that it has none.
+    Args:
+        dtype: one of `DTYPES`, to which latents are rounded.
+    """
+
+    def __init__(self, dtype: str = "fp32") -> None:
+        self._dtype, self._keys, self._shape = dtype, set[str](), tuple[int, ...]()
+        self._entries, self._last_class = 0, -1
+        self._total, self._total_square = 0.0, 0.0
+        self._stream = io.BytesIO()
+        # A fractional time, webdataset's default, would put a PAX header of 1 KB before every member.
+        self._tar = webdataset.TarWriter(self._stream, mtime=0, compress=False, encoder=False)
+
+    def write(
+        self,
+        key: str,
+        z_clean: np.ndarray,
+        *,
+        flipped: np.ndarray | None = None,
+        label: int = -1,
+        text: str | None = None,
+    ) -> None:
+        """Append a sample.
+
+        Args:
+            key: unique in the shard.
+            z_clean: its latent, (C, h, w) or (C, t, h, w).
+            flipped: the latent of its mirror image, if it is to be kept.
+            label: its class, -1 if it has none.
+            text: its caption, if it has one.
 
         Raises:
-            ValueError: if the latent is not finite or has another shape than the first, or the key is taken.
+            ValueError: if a latent is not finite in the shard's dtype or has another shape than the first,
+                or the key is taken or would not be read back as it is.
         """
+        if split_name(f"{key}.cls") != (key, "cls"):
+            raise ValueError(f"{key!r} is not a key that a shard can hold")
+        if key in self._keys:
+            raise ValueError(f"the key {key!r} comes twice in one shard")
+        stored = self._stored(key, z_clean)
+        parts = {LATENT_PART: _npy(stored)}
+        if flipped is not None:
+            parts[FLIPPED_LATENT_PART] = _npy(self._stored(key, flipped))
+        if label >= 0:
+            parts["cls"] = str(label).encode()
+        if text is not None:
+            parts["txt"] = text.encode()
+        self._tar.write({"__key__": key, **parts})
+        self._keys.add(key)
+        exact = stored.astype(np.float64)
+        self._entries += exact.size
+        self._total += float(exact.sum())
+        self._total_square += float(np.square(exact).sum())
+        self._last_class = max(self._last_class, label)
+
+    def finish(self) -> tuple[bytes, Summary]:
+        """Return the tar, and what it holds."""
+        self._tar.close()
+        data = self._stream.getvalue()
+        return data, Summary(
+            size=len(data),
+            samples=len(self._keys),
+            entries=self._entries,
+            total=self._total,
+            total_square=self._total_square,
+            last_class=self._last_class,
+        )
+
+    def _stored(self, key: str, z_clean: np.ndarray) -> np.ndarray:
+        """Return a latent in the shard's dtype."""
         self._shape = self._shape or z_clean.shape
         if z_clean.ndim not in (3, 4) or z_clean.shape != self._shape:
             raise ValueError(f"the latent of {key!r} has shape {z_clean.shape}; the first had {self._shape}")
         if z_clean.dtype.kind != "f" or not np.isfinite(z_clean).all():
             raise ValueError(f"the latent of {key!r} is not all finite floats")
-        stream = io.BytesIO()
-        np.save(stream, z_clean, allow_pickle=False)
-        parts = {LATENT_PART: stream.getvalue()}
-        if label >= 0:
-            parts["cls"] = str(label).encode()
-        if text is not None:
-            parts["txt"] = text.encode()
-        if self._shard is None:
-            self._shard = ShardWriter(self._fs, f"{self._root}/latents-{self._num_shards:06d}.tar")
-        self._shard.write(key, parts)
-        if len(self._shard) == self.samples_per_shard:
-            self._commit()
+        with np.errstate(over="ignore"):
+            stored = z_clean.astype(DTYPES[self._dtype], copy=False)
+        if not np.isfinite(stored).all():
+            raise ValueError(f"the latent of {key!r} is too large for {self._dtype}; expected fp32")
+        return stored
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if kind is None:
-            self._commit()
-            self.index = build_index(self.dest, dataset=self.dataset, extra=self.extra)
-        elif self._shard is not None:
-            self._shard.discard()
 
-    def _commit(self) -> None:
-        if self._shard is not None:
-            self._shard.commit()
-            self._shard, self._num_shards = None, self._num_shards + 1
+def _npy(array: np.ndarray) -> bytes:
+    stream = io.BytesIO()
+    np.save(stream, array, allow_pickle=False)
+    return stream.getvalue()
+
+
+def statistics(summaries: Iterable[Summary]) -> dict[str, Any]:
+    """Return a set's mean and std over all entries, as stored, and its number of classes.
+
+    Sums are rounded once, so that the order of the shards does not matter.
+
+    Raises:
+        ValueError: if all entries are the same, or there are none.
+    """
+    summaries = list(summaries)
+    entries = sum(summary.entries for summary in summaries)
+    if not entries:
+        raise ValueError("there are no latents")
+    mean = math.fsum(summary.total for summary in summaries) / entries
+    square = math.fsum(summary.total_square for summary in summaries) / entries
+    variance = square - mean**2
+    if variance <= _NO_VARIANCE * square:
+        raise ValueError("every latent is the same: the autoencoder has collapsed; raise c_lf")
+    return {
+        "mean": mean,
+        "std": math.sqrt(variance),
+        "num_classes": 1 + max(summary.last_class for summary in summaries),
+    }
+
+
+def shard_name(number: int) -> str:
+    return f"latents-{number:06d}"
+
+
+def is_complete(dest: str) -> bool:
+    """Say whether a folder holds a complete set of latents: its index is written last."""
+    _, meta = read_meta(dest)
+    return bool(meta) and meta.get("complete", True)  # older formats were written in one go

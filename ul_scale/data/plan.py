@@ -9,7 +9,7 @@ and neither the number of ranks nor the past has any part in it.
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +21,7 @@ Ints = npt.NDArray[np.int64]
 MAX_DEFAULT_LANES = 64
 # A lane gets at least this many chunks (data permitting), or it would be permuted as one block.
 CHUNKS_PER_LANE = 8
+_CUT_SAMPLES = 1_000_000
 
 
 def cut_chunks(
@@ -38,21 +39,38 @@ def cut_chunks(
     Returns:
         Chunk c holds the samples bounds[c] to bounds[c + 1], [chunks + 1].
     """
-    shard, offset = np.asarray(shard), np.asarray(offset).astype(np.int64)
-    end = offset + np.asarray(size).astype(np.int64)
-    num_samples = len(shard)
+    shard, offset, size = np.asarray(shard), np.asarray(offset), np.asarray(size)
+    num_samples, first = len(shard), 0
+    bounds = []
+    # Whole shards, some at a time: the arrays may be mapped files larger than memory.
+    while first < num_samples:
+        last = min(first + _CUT_SAMPLES, num_samples)
+        if last < num_samples:
+            last = int(np.searchsorted(shard, shard[last]))
+        if last <= first:
+            last = int(np.searchsorted(shard, shard[first], side="right"))
+        block = slice(first, last)
+        bounds.append(first + _cut_shards(shard[block], offset[block], size[block], chunk_bytes, max_samples))
+        first = last
+    return np.concatenate([*bounds, [num_samples]]).astype(np.int64)
+
+
+def _cut_shards(shard: np.ndarray, offset: np.ndarray, size: np.ndarray, chunk_bytes: int, most: int) -> Ints:
+    """Return the first sample of each chunk, at most `most` samples long, of some shards."""
+    offset = offset.astype(np.int64)
+    end = offset + size.astype(np.int64)
     # The shards laid end to end, so that one ascending coordinate serves them all.
-    start = np.flatnonzero(np.append(True, shard[1:] != shard[:-1]))[:num_samples]
-    stop = np.append(start[1:], num_samples)[: len(start)]
+    start = np.flatnonzero(np.append(True, shard[1:] != shard[:-1]))
+    stop = np.append(start[1:], len(shard))
     base = np.cumsum(end[stop - 1]) - end[stop - 1]
     begin, end = offset + np.repeat(base, stop - start), end + np.repeat(base, stop - start)
     cuts = [start]
     while start.size:  # one round cuts one chunk off every shard
         cut = np.searchsorted(end, begin[start] + chunk_bytes, side="right")
-        cut = np.clip(cut, start + 1, np.minimum(start + max_samples, stop))
+        cut = np.clip(cut, start + 1, np.minimum(start + most, stop))
         start, stop = cut[cut < stop], stop[cut < stop]
         cuts.append(start)
-    return np.sort(np.concatenate([*cuts, [num_samples]])).astype(np.int64)
+    return np.sort(np.concatenate(cuts))
 
 
 def default_lanes(batch_size: int, num_samples: int) -> int:
@@ -143,9 +161,20 @@ class LanePlan:
         self.lane_batch_size = batch_size // lanes
         max_samples = max(1, self.num_samples // (CHUNKS_PER_LANE * lanes))
         self.chunk_bounds = cut_chunks(shard, offset, size, chunk_bytes, max_samples)
+        self._forget()
+
+    def _forget(self) -> None:
         # Lanes drift apart by a sample an epoch and windows are read ahead: a few epochs are live at once.
         self._chunk_sequence = lru_cache(maxsize=4)(self._permute_chunks)
-        self._recent: list[Window | None] = [None] * lanes
+        self._recent: list[Window | None] = [None] * self.lanes
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For worker processes: what it holds ready stays behind."""
+        return {name: value for name, value in vars(self).items() if name[0] != "_"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._forget()
 
     def lane_bounds(self, lane: int) -> tuple[int, int]:
         """Return the piece of every epoch's sample sequence that is the lane's."""

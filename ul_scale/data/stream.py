@@ -1,31 +1,25 @@
-"""From shards to batches: read whole windows by range requests, decode, collate, all in the background.
+"""From shards to batches: a rank's rows, made in worker processes or in threads, collated ahead of time.
 
 The order comes from `plan.LanePlan`; this module does the work of a rank's lane slots. A batch depends on
 (index, config, seed, step, slots) only, so a stream can be started at any step.
 """
 
-import queue
+import sys
 import threading
-from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import islice, pairwise
 from typing import NotRequired, TypedDict
 
 import numpy as np
 import torch
 
-from ul_scale.data import storage
+from ul_scale.data.ahead import ahead
 from ul_scale.data.config import DataConfig
 from ul_scale.data.decode import make_decoder
-from ul_scale.data.index import ABSENT, Index
-from ul_scale.data.plan import LanePlan, LaneSlot, cut_chunks, default_lanes
-from ul_scale.data.sample import Decode, Draw, Example, Sample
-from ul_scale.data.transforms import to_unit_range
-from ul_scale.keyed import uniform
-
-# Range requests under way at a time; a bucket answers each in tens of milliseconds.
-READS_IN_FLIGHT = 8
+from ul_scale.data.index import Index
+from ul_scale.data.plan import LanePlan, LaneSlot, default_lanes
+from ul_scale.data.produce import Job, LaneJob, OrderJob, Rows
+from ul_scale.data.sample import BadSample
+from ul_scale.data.worker import Worker, memory_bytes
 
 
 class Batch(TypedDict):
@@ -36,7 +30,8 @@ class Batch(TypedDict):
     label: class ids, int64, -1 where a sample has none, (B,).
     uniform: a number in [0, 1) per sample and epoch that decides label dropout, float64, (B,).
     weight: weight of each sample's loss, float32, (B,): 0 for the samples of a surplus slot.
-    keys: names of the samples, `dataset/shard/key`.
+    replaced: 1 where another sample took the place of one that cannot be used, else 0, float32, (B,).
+    keys: names of the samples as planned, `dataset/shard/key`.
     text: captions, where they are asked for.
     """
 
@@ -45,11 +40,9 @@ class Batch(TypedDict):
     label: torch.Tensor
     uniform: torch.Tensor
     weight: torch.Tensor
+    replaced: torch.Tensor
     keys: list[str]
     text: NotRequired[list[str]]
-
-
-Reads = list[Future[list[Sample]]]
 
 
 def make_plan(index: Index, config: DataConfig, *, seed: int, batch_size: int) -> LanePlan:
@@ -66,6 +59,11 @@ def make_plan(index: Index, config: DataConfig, *, seed: int, batch_size: int) -
     )
 
 
+def tell(name: str, reason: str) -> None:
+    """Write a line about a sample that cannot be used to standard error."""
+    print(f"bad sample {reason if reason.startswith(name) else f'{name}: {reason}'}", file=sys.stderr)
+
+
 class LaneStream:
     """The batches of a rank's lane slots.
 
@@ -74,14 +72,24 @@ class LaneStream:
         plan: its order, as made by `make_plan`.
         config: how samples are read and transformed.
         slots: the rank's slots, as dealt by `lane_slots`.
+        on_bad: told once of each sample that cannot be used, its name and the reason.
 
     Raises:
         ValueError: if the set does not fit the config, or its windows the memory they may take.
     """
 
-    def __init__(self, index: Index, plan: LanePlan, config: DataConfig, slots: list[LaneSlot]) -> None:
-        self.index, self.plan, self.config, self.slots = index, plan, config, slots
-        self._decode = make_decoder(index.parts, config, index.url)
+    def __init__(
+        self,
+        index: Index,
+        plan: LanePlan,
+        config: DataConfig,
+        slots: list[LaneSlot],
+        on_bad: Callable[[str, str], object] = tell,
+    ) -> None:
+        self.index, self.plan, self.config, self.slots, self.on_bad = index, plan, config, slots, on_bad
+        self._crew: _Crew | None = None
+        self._told = set[str]()
+        make_decoder(index.parts, config, index.url)
         lanes = len({slot.lane for slot in slots})
         needed = self._window_bytes(lanes)
         if needed > config.max_window_bytes:
@@ -92,34 +100,42 @@ class LaneStream:
             )
 
     def batches(self, start_step: int = 0) -> Generator[Batch, None, None]:
-        """Yield the batches of `start_step` and all later steps, made ahead in background threads.
+        """Yield the batches of `start_step` and all later steps, made ahead in the background.
 
-        What fails in the background is raised here. Closing or dropping the iterator ends the threads.
+        What fails in the background is raised here. Closing or dropping the iterator ends threads and
+        processes.
 
         Raises:
-            OSError: if a range cannot be read after several tries.
-            ValueError: naming dataset, shard and key, if a sample cannot be decoded.
+            OSError: if a range cannot be read after several tries, naming URL, range and cause.
+            ValueError: naming dataset, shard and key, if no sample can take the place of a bad one.
+            WorkerDied: if a worker process dies again and again.
         """
-        return _in_background(self._make_batches(start_step), self.config.prefetch_steps)
-
-    def _make_batches(self, step: int) -> Generator[Batch, None, None]:
-        lane_batch = np.arange(self.plan.lane_batch_size)
-        # Each slot's rows in what its lane decoded: a lane that fills several slots is decoded once.
+        # Each lane's rows are made once, also where it fills several slots.
         lanes = list(dict.fromkeys(slot.lane for slot in self.slots))
-        rows = np.concatenate([lanes.index(slot.lane) * len(lane_batch) + lane_batch for slot in self.slots])
-        weight = np.repeat(np.array([slot.weight for slot in self.slots], np.float32), len(lane_batch))
-        seed = self.plan.seed
-        with _Workers(self.index, self.config.threads) as workers:
-            readers = [_LaneReader(self.plan, lane, step, workers.read) for lane in lanes]
-            while True:
-                taken = [item for reader in readers for item in reader.take(step)]
-                samples = [sample for _, sample in taken]
-                draws = [Draw(seed, epoch) for epoch, _ in taken]
-                uniforms = np.array([uniform(seed, "training", epoch, name) for epoch, (name, _) in taken])
-                examples = workers.decode(self._decode, samples, draws)
-                names = [samples[i].name for i in rows]
-                yield _collate(names, [examples[i] for i in rows], uniforms[rows], weight)
-                step += 1
+        size = self.plan.lane_batch_size
+        order = np.concatenate([lanes.index(slot.lane) * size + np.arange(size) for slot in self.slots])
+        weight = np.repeat(np.array([slot.weight for slot in self.slots], np.float32), size)
+        # Contiguous runs of lanes, so that the workers' rows one after the other are the lanes'.
+        processes = _processes(self.index, self.config, len(lanes))
+        count = processes or 1
+        runs = [lanes[k * len(lanes) // count : (k + 1) * len(lanes) // count] for k in range(count)]
+        jobs = [LaneJob(self.index, self.config, self.plan, tuple(run)) for run in runs]
+        crew = self._crew = _Crew(jobs, processes)
+
+        def make() -> Generator[Batch, None, None]:
+            for parts in crew.steps(start_step, self.config.prefetch_steps):
+                for name, reason in [bad for part in parts for bad in part.bad]:
+                    if name not in self._told:
+                        self._told.add(name)
+                        self.on_bad(name, reason)
+                yield _collate(parts, order, weight)
+
+        # Processes hold ready what they make.
+        return ahead(make(), 1 if processes else self.config.prefetch_steps, crew.end)
+
+    def memory_bytes(self) -> int:
+        """Return what the worker processes hold in memory now, bytes."""
+        return memory_bytes(self._crew.workers) if self._crew else 0
 
     def _window_bytes(self, lanes: int) -> int:
         """Return the most bytes that this rank's windows, current and next, can take together."""
@@ -134,169 +150,125 @@ class LaneStream:
 
 
 def iterate(
-    index: Index, config: DataConfig, start: int = 0, stop: int | None = None, *, batch_size: int
+    index: Index,
+    config: DataConfig,
+    start: int = 0,
+    stop: int | None = None,
+    *,
+    batch_size: int,
+    on_bad: Callable[[str, str], object] | None = None,
 ) -> Iterator[Batch]:
     """Yield the samples `start` to `stop` in the index's order, once and unaugmented.
 
-    The last batch may be short. `uniform` is 1, so that no label is dropped, and `weight` is 1. Errors are
-    those of `LaneStream.batches`.
+    A batch may be short: the last one, and one with samples that cannot be used, which are left out.
+    `uniform` is 1, so that no label is dropped, and `weight` is 1.
+
+    Args:
+        index: the set.
+        config: how samples are read and decoded.
+        start: number of the first sample.
+        stop: one past the last; by default, of the set.
+        batch_size: samples per batch.
+        on_bad: told of each sample that cannot be used, its name and the reason; without it, the first ends
+            the iteration.
+
+    Raises:
+        BadSample: without `on_bad`.
+        OSError, WorkerDied: as `LaneStream.batches`.
     """
-    part = slice(start, len(index) if stop is None else min(stop, len(index)))
-    shard, offset, size = index.shard[part], index.offset[part], index.size[part]
-    chunks = (start + cut_chunks(shard, offset, size, config.chunk_bytes, max_samples=len(index))).tolist()
-    source = _make_in_order(
-        index, make_decoder(index.parts, config, index.url), chunks, batch_size, config.threads
-    )
-    return _in_background(source, config.prefetch_steps)
+    make_decoder(index.parts, config, index.url)
+    end = len(index) if stop is None else min(stop, len(index))
+    processes = _processes(index, config, -(-(end - start) // batch_size))
+    count = processes or 1
+    jobs = [OrderJob(index, config, start, end, batch_size, first, count) for first in range(count)]
+    crew = _Crew(jobs, processes)
+
+    def make() -> Generator[Batch, None, None]:
+        for parts in crew.steps(0, config.prefetch_steps):
+            for rows in parts:
+                for name, reason in rows.bad:
+                    if on_bad is None:
+                        raise BadSample(reason)
+                    on_bad(name, reason)
+                if rows.names:
+                    every = np.arange(len(rows.names))
+                    yield _collate([rows], every, np.ones(len(every), np.float32))
+
+    return ahead(make(), 1 if processes else config.prefetch_steps, crew.end)
 
 
-def _make_in_order(
-    index: Index, decode: Decode, chunks: list[int], batch_size: int, threads: int
-) -> Generator[Batch, None, None]:
-    ranges = pairwise(chunks)
-    with _Workers(index, threads) as workers:
-        reads = deque(workers.read(*range_) for range_ in islice(ranges, READS_IN_FLIGHT))
-        ready: list[Sample] = []
-        while reads or ready:
-            while reads and len(ready) < batch_size:
-                ready += reads.popleft().result()
-                reads.extend(workers.read(*range_) for range_ in islice(ranges, 1))
-            samples, ready = ready[:batch_size], ready[batch_size:]
-            examples = workers.decode(decode, samples, [None] * len(samples))
-            names = [sample.name for sample in samples]
-            yield _collate(names, examples, np.ones(len(samples)), np.ones(len(samples), np.float32))
+def _processes(index: Index, config: DataConfig, most: int) -> int:
+    """Return how many worker processes there are to be; 0 for a thread of this one."""
+    return 0 if index.url.startswith("memory:") else min(config.workers, most)
 
 
-class _LaneReader:
-    """Hands out a lane's samples; holds its current window and as much of the next as is due."""
+class _Crew:
+    """Who does the jobs: a worker process each, or, with none, the calling thread."""
 
-    def __init__(
-        self, plan: LanePlan, lane: int, step: int, read: Callable[[int, int], Future[list[Sample]]]
-    ) -> None:
-        self._plan, self._lane, self._read = plan, lane, read
-        self._current: tuple[int, int] | None = None
-        self._samples: list[Sample] = []
-        self._next, self._reads = plan.pieces(step, lane)[0][0], Reads()
-        self._request(self._next.segments)
+    def __init__(self, jobs: Sequence[Job], processes: int) -> None:
+        self.workers: list[Worker] = []
+        self._jobs, self._processes, self._stop = jobs, processes, threading.Event()
 
-    def take(self, step: int) -> list[tuple[int, Sample]]:
-        """Return the epoch and the bytes of each sample of the lane's batch."""
-        taken = []
-        for window, start, stop in self._plan.pieces(step, self._lane):
-            if self._current != (window.epoch, window.start):
-                self._request(window.segments)
-                self._samples = [sample for read in self._reads for sample in read.result()]
-                self._current = window.epoch, window.start
-                self._next, self._reads = self._plan.window_after(window), Reads()
-            taken += [(window.epoch, self._samples[i]) for i in window.order[start:stop].tolist()]
-            # The next window arrives as this one is used up, not sooner: it takes memory.
-            due = -(-len(self._next.segments) * stop // len(window.order))
-            if due > len(self._reads):
-                self._request(self._next.segments[:due])
-        return taken
+    def steps(self, first: int, depth: int) -> Generator[list[Rows], None, None]:
+        """Yield each step's rows of all jobs, until one has no more."""
+        if not self._processes:
+            yield from ([rows] for rows in self._jobs[0].rows(first, self._stop))
+            return
+        try:
+            self.workers = [Worker(job, first, depth) for job in self._jobs]
+            while True:
+                parts = []
+                for worker in self.workers:
+                    if (rows := worker.next()) is None:
+                        break
+                    parts.append(rows)
+                yield parts
+                if len(parts) < len(self.workers):
+                    return
+        finally:
+            self.end()
 
-    def _request(self, segments: list[tuple[int, int]]) -> None:
-        """Begin to read those of the next window's segments that have not been asked for."""
-        self._reads += [self._read(*segment) for segment in segments[len(self._reads) :]]
-
-
-class _Workers:
-    """The threads that read and decode for one iterator; filesystems are opened here, after any fork."""
-
-    def __init__(self, index: Index, threads: int) -> None:
-        self._index, self._threads = index, threads
-        self._fs, self._root = storage.open_folder(index.url)
-        self._readers = ThreadPoolExecutor(READS_IN_FLIGHT, thread_name_prefix="ul-scale-read")
-        self._decoders = ThreadPoolExecutor(threads, thread_name_prefix="ul-scale-decode")
-
-    def __enter__(self) -> "_Workers":
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._readers.shutdown(wait=False, cancel_futures=True)
-        self._decoders.shutdown(wait=False, cancel_futures=True)
-
-    def read(self, start: int, stop: int) -> Future[list[Sample]]:
-        """Begin to read consecutive samples of one shard."""
-        return self._readers.submit(self._read, start, stop)
-
-    def _read(self, start: int, stop: int) -> list[Sample]:
-        index = self._index
-        path = f"{self._root}/{index.shards[int(index.shard[start])].name}"
-        begin = index.offset[start:stop].astype(np.int64)
-        end = int(begin[-1]) + int(index.size[stop - 1])
-        data = memoryview(storage.read_range(self._fs, path, int(begin[0]), end))
-        samples = []
-        for name, at, members in zip(
-            index.names(start, stop), (begin - begin[0]).tolist(), index.members[start:stop].tolist()
-        ):
-            parts = {
-                part: data[at + offset : at + offset + length]
-                for part, (offset, length) in zip(index.parts, members)
-                if offset != ABSENT
-            }
-            samples.append(Sample(name, parts))
-        return samples
-
-    def decode(self, decode: Decode, samples: list[Sample], draws: Sequence[Draw | None]) -> list[Example]:
-        """Decode samples, dealt evenly to the decoding threads."""
-        if self._threads == 1:
-            return [decode(sample, draw) for sample, draw in zip(samples, draws)]
-        return list(self._decoders.map(decode, samples, draws))
+    def end(self) -> None:
+        """End the processes; reads that fail are not tried again."""
+        self._stop.set()
+        for worker in self.workers:
+            worker.close()
 
 
-def _collate(names: list[str], examples: list[Example], uniforms: np.ndarray, weight: np.ndarray) -> Batch:
-    """Stack decoded samples. All is numpy's: torch would start threads of its own here."""
-    arrays = [example.array for example in examples]
-    for name, array in zip(names, arrays):
-        if array.shape != arrays[0].shape:
-            raise ValueError(f"{name} has shape {array.shape}, {names[0]} has {arrays[0].shape}")
+def _collate(parts: list[Rows], order: np.ndarray, weight: np.ndarray) -> Batch:
+    """Lay workers' rows one after the other and deal them to slots.
+
+    All is numpy's: torch would start threads of its own here.
+    """
+    names = [name for part in parts for name in part.names]
+    dealt = len(order) != len(names)
+
+    def joined(arrays: list[np.ndarray]) -> torch.Tensor:
+        array = np.concatenate(arrays)
+        return torch.from_numpy(array[order] if dealt else array)
+
     batch = Batch(
-        label=torch.from_numpy(np.array([example.label for example in examples], np.int64)),
-        uniform=torch.from_numpy(uniforms),
+        label=joined([part.label for part in parts]),
+        uniform=joined([part.uniform for part in parts]),
         weight=torch.from_numpy(weight.copy()),
-        keys=names,
+        replaced=joined([part.replaced.astype(np.float32) for part in parts]),
+        keys=[names[row] for row in order],
     )
-    if examples[0].text is not None:
-        batch["text"] = [example.text or "" for example in examples]
-    if arrays[0].dtype == np.uint8:
-        batch["x"] = torch.from_numpy(to_unit_range(arrays))
+    if parts[0].text is not None:
+        text = [line for part in parts for line in part.text or ()]
+        batch["text"] = [text[row] for row in order]
+    shapes = {part.array.shape[1:] for part in parts}
+    if len(shapes) > 1:
+        raise ValueError(f"{names[0]} and others differ in shape: {', '.join(map(str, sorted(shapes)))}")
+    if parts[0].array.dtype == np.uint8:
+        batch["x"] = joined([to_unit_range(part.array) for part in parts])
     else:
-        batch["z_clean"] = torch.from_numpy(np.stack(arrays).astype(np.float32, copy=False))
+        batch["z_clean"] = joined([part.array.astype(np.float32, copy=False) for part in parts])
     return batch
 
 
-def _in_background(source: Generator[Batch, None, None], depth: int) -> Generator[Batch, None, None]:
-    """Yield what `source` yields, made up to `depth` items ahead in a thread that ends with this iterator."""
-    items: queue.Queue[Batch | BaseException | None] = queue.Queue(maxsize=depth)
-    stop = threading.Event()
-
-    def put(item: Batch | BaseException | None) -> None:
-        while not stop.is_set():
-            try:
-                return items.put(item, timeout=0.1)
-            except queue.Full:
-                pass
-
-    def work() -> None:
-        try:
-            for batch in source:
-                put(batch)
-                if stop.is_set():
-                    break
-            source.close()
-            put(None)
-        except BaseException as error:  # it belongs to whoever waits for the batch
-            put(error)
-
-    thread = threading.Thread(target=work, name="ul-scale-batches", daemon=True)
-    thread.start()
-    try:
-        while (item := items.get()) is not None:
-            if isinstance(item, BaseException):
-                raise item
-            yield item
-    finally:
-        stop.set()
-        if thread is not threading.current_thread():
-            thread.join(timeout=10)
+def to_unit_range(pixels: np.ndarray) -> np.ndarray:
+    """Return uint8 images (B, H, W, C), or clips (B, T, H, W, C), as float32 in [-1, 1], channels second."""
+    out: np.ndarray = np.divide(np.moveaxis(pixels, -1, 1), np.float32(127.5), dtype=np.float32, order="C")
+    out -= 1
+    return out

@@ -1,11 +1,13 @@
-"""Steps whose loss or gradient is not finite: skipped by the engine, counted and named here."""
+"""Steps whose loss is not finite, and samples that cannot be used: counted, named, and limited."""
 
 import math
 from collections import deque
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
+from ul_scale.data.stream import Batch
 from ul_scale.parallel.engine import Process
 from ul_scale.parallel.mesh import gather_objects
 
@@ -64,4 +66,46 @@ class StepHealth:
             raise Diverged(
                 f"loss or gradient not finite in {self._in_a_row} steps in a row, the last one step {step} "
                 "(train.max_skipped_in_a_row): try a lower optim.lr, or look at the samples named above"
+            )
+
+
+JUDGED_SAMPLES = 10_000
+"""A share of bad samples means little before so many have been drawn, or the whole of a smaller set."""
+
+
+class TooManyBadSamples(RuntimeError):
+    """More samples had to be replaced than ``data.max_bad_fraction`` allows."""
+
+
+class SampleHealth:
+    """Counts the draws in which another sample took the place of one that cannot be used.
+
+    Args:
+        max_fraction: of draws, more of which end the run.
+        num_samples: in the set.
+    """
+
+    def __init__(self, max_fraction: float, num_samples: int):
+        self._max_fraction, self._judged = max_fraction, min(num_samples, JUDGED_SAMPLES)
+        self._replaced = 0.0
+
+    def watch(self, batch: Batch) -> None:
+        self._replaced += float((batch["weight"] * batch["replaced"]).sum())
+
+    def counted(self, device: torch.device) -> Tensor:
+        """Return this rank's count since the attempt began, to be added up over ranks."""
+        return torch.tensor(self._replaced, device=device)
+
+    def judge(self, replaced: float, drawn: int) -> None:
+        """Take all ranks' count, of so many draws.
+
+        Raises:
+            TooManyBadSamples: on every rank alike.
+        """
+        allowed = self._max_fraction * max(drawn, self._judged)
+        if replaced > allowed:
+            raise TooManyBadSamples(
+                f"{replaced:.0f} of {drawn} samples could not be used and were replaced, more than "
+                f"data.max_bad_fraction {self._max_fraction:g} allows ({int(allowed)}): see above, "
+                "and ul-scale data verify lists all of them"
             )

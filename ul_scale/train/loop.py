@@ -12,7 +12,7 @@ from ul_scale import keyed
 from ul_scale.data.stream import Batch
 from ul_scale.parallel.engine import NOT_IDENTITY, PRECISIONS, Engine, Process
 from ul_scale.train.ema import Ema
-from ul_scale.train.health import StepHealth
+from ul_scale.train.health import SampleHealth, StepHealth
 from ul_scale.train.metrics import MetricsWriter
 from ul_scale.train.noise_bins import NoiseBins
 from ul_scale.train.optim import OptimConfig, learning_rate
@@ -61,6 +61,7 @@ class Instruments:
     throughput: Throughput
     bins: NoiseBins
     health: StepHealth
+    samples: SampleHealth
     whereabouts: Whereabouts
     metrics: MetricsWriter | None
     """On rank 0."""
@@ -106,6 +107,7 @@ def train(
 
     Raises:
         Diverged: after too many steps in a row whose loss or gradient is not finite.
+        TooManyBadSamples: if too many could not be used.
     """
     for step in range(start_step, config.last_step):
         completed = step + 1
@@ -129,10 +131,14 @@ def train(
         grad_norm = engine.step(lr)
         ema.update(step, config.batch_size)
         watch.health.watch(step, grad_norm, batch["keys"])
+        watch.samples.watch(batch)
 
         if log_now:
             watch.whereabouts.at(step, "adding up the metrics")
-            log(completed, reduce_sums(sums, process), {"grad_norm": float(grad_norm), "lr": lr}, watch)
+            sums["replaced_samples"] = watch.samples.counted(process.device)
+            sums = reduce_sums(sums, process)
+            log(completed, sums, {"grad_norm": float(grad_norm), "lr": lr}, watch)
+            watch.samples.judge(float(sums["replaced_samples"]), (completed - start_step) * config.batch_size)
         watch.whereabouts.at(step, "saving")
         if save_if_due(completed) and completed < config.last_step:
             return False

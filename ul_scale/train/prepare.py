@@ -13,7 +13,7 @@ from ul_scale.checkpoint import store
 from ul_scale.checkpoint.files import decode, read, require_bucket, run_path
 from ul_scale.config import AutoencoderRun, BaseRun, RunConfig
 from ul_scale.data.index import Index, open_index
-from ul_scale.data.latents import LatentWriter
+from ul_scale.data.latents import is_complete
 from ul_scale.data.plan import LanePlan, lane_slots
 from ul_scale.data.stream import make_plan
 from ul_scale.models.flops import num_parameters
@@ -58,7 +58,7 @@ def prepare(config: RunConfig, world_size: int = 1) -> Prepared:
     if isinstance(config, BaseRun) and not on_the_fly:
         parent = config.autoencoder
         url = str(latents_dir(config.root, parent.run, parent.step))
-        if not LatentWriter.is_complete(url):
+        if not is_complete(url):
             raise ValueError(
                 f"{url}: no latents of autoencoder {parent.run} at step {parent.step}; first run: "
                 f"ul-scale encode {run_path(config.root) / parent.run} --step {parent.step}"

@@ -27,7 +27,7 @@ from ul_scale.stages.autoencoder import AutoencoderStage
 from ul_scale.stages.base import BaseStage
 from ul_scale.stages.noise import NoiseSpec, draw_noise
 from ul_scale.train.ema import Ema
-from ul_scale.train.health import Diverged, StepHealth
+from ul_scale.train.health import Diverged, SampleHealth, StepHealth, TooManyBadSamples
 from ul_scale.train.host import PLAIN_PROCESS, Host
 from ul_scale.train.loop import Instruments, train
 from ul_scale.train.metrics import MetricsWriter, last_row
@@ -85,7 +85,7 @@ def run(config: RunConfig, host: Host = PLAIN_PROCESS, *, profile: bool = False)
         life = Life(prepared, process, patient, host, attempt, number, deadline, profile)
         try:
             code = _train(life, whereabouts)
-        except (Diverged, SaveFailed) as error:
+        except (Diverged, TooManyBadSamples, SaveFailed) as error:
             life.log(f"error: {error}; newest complete checkpoint: {newest_step(life)}")
             code = EXIT_FAILED
         except RuntimeError as error:
@@ -194,11 +194,14 @@ def _train(life: Life, whereabouts: Whereabouts) -> int:
         )
 
     with contextlib.ExitStack() as stack:
-        batches = LaneStream(prepared.index, plan, config.data, slots).batches(start_step)
+        stream = LaneStream(prepared.index, plan, config.data, slots)
+        batches = stream.batches(start_step)
         stack.callback(batches.close)
         stop = stack.enter_context(_stop_request(life))
         metrics = stack.enter_context(_metrics(life, start_step))
-        saves, watch = _instruments(life, built, start_step, skipped_steps, stop, metrics, whereabouts, stack)
+        saves, watch = _instruments(
+            life, built, start_step, skipped_steps, stop, metrics, whereabouts, stack, stream
+        )
         try:
             finished = train(
                 config.train,
@@ -214,7 +217,7 @@ def _train(life: Life, whereabouts: Whereabouts) -> int:
                 save_if_due=saves.save_if_due,
                 watch=watch,
             )
-        except Diverged:
+        except (Diverged, TooManyBadSamples):
             saves.finish_save()
             raise
         saves.close()
@@ -235,6 +238,7 @@ def _instruments(
     metrics: MetricsWriter | None,
     whereabouts: Whereabouts,
     stack: contextlib.ExitStack,
+    stream: LaneStream,
 ) -> tuple[Saves, Instruments]:
     """Return what saves a run and what watches it."""
     config, process, run_dir = life.prepared.config, life.process, life.prepared.run_dir
@@ -259,7 +263,21 @@ def _instruments(
     saves = Saves(config, built.engine, built.ema, saver, stop, health, life.host, throughput, metrics, log)
     saver.before_commit = saves.settle_before_commit
     profile_step = stack.enter_context(profiler(life.profile, run_dir, life.number, process, start_step, log))
-    watch = Instruments(throughput, built.bins, health, whereabouts, metrics, saves.counters, profile_step)
+
+    def counters() -> dict[str, float]:
+        loader = {"loader_memory_bytes": stream.memory_bytes()} if config.data.workers else {}
+        return saves.counters() | loader
+
+    watch = Instruments(
+        throughput=throughput,
+        bins=built.bins,
+        health=health,
+        samples=SampleHealth(config.data.max_bad_fraction, len(life.prepared.index)),
+        whereabouts=whereabouts,
+        metrics=metrics,
+        counters=counters,
+        profile_step=profile_step,
+    )
     return saves, watch
 
 
