@@ -337,7 +337,11 @@ def test_what_a_killed_indexing_left_is_cleared(tmp_path: Path) -> None:
     leftover = tmp_path / "_index/pass-abc"
     leftover.mkdir(parents=True)
     (leftover / "size.npy").write_bytes(b"")
+    young = tmp_path / "_index/pass-def"  # may be that of another process, which still writes
+    young.mkdir()
+    os.utime(leftover, (0, 0))
     build_index(str(tmp_path))
+    young.rmdir()
     assert sorted(path.name for path in (tmp_path / "_index").iterdir()) == sorted(
         ["keys.parquet", "members.npy", "meta.json", "offset.npy", "shard.npy", "size.npy"]
     )

@@ -162,11 +162,11 @@ def test_a_base_models_order_is_its_latents(write_config, tmp_path: Path, capsys
 
 def test_a_base_model_on_the_fly_reads_images(write_config, shards, capsys) -> None:
     parent = {"run": "tiny-0123456789", "step": 12, "on_the_fly": True}
-    path = write_config(BASE | {"autoencoder": parent}, data={"train": shards["train"]})
+    path = write_config(BASE | {"autoencoder": parent}, data={"train": shards["train"], "image_size": 16})
     print_order(str(path), step=0)
     base = capsys.readouterr().out
     print_order(str(write_config(AUTOENCODER, "images.yaml")), step=0)
     assert base and capsys.readouterr().out == base
     path = write_config(BASE | {"autoencoder": parent}, "no_data.yaml")
-    with pytest.raises(ValueError, match=r"data\.train is not set; expected a folder of shards"):
+    with pytest.raises(ValueError, match=r"data\.train and data\.image_size are not both set"):
         print_order(str(path), step=0)

@@ -5,12 +5,14 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from itertools import islice
 from pathlib import Path
 
 import pytest
 
+from ul_scale.data import stream as stream_module
 from ul_scale.data import worker as workers
 from ul_scale.data.config import DataConfig
 from ul_scale.data.index import Index
@@ -127,6 +129,36 @@ def test_signals_to_the_group_leave_workers_to_their_parent(index: Index) -> Non
     list(islice(batches, 8))
     assert worker.pid == pid
     batches.close()
+
+
+def test_workers_import_nothing_from_the_current_folder(
+    index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "queue.py").write_text("raise RuntimeError('not the standard library')")
+    monkeypatch.chdir(tmp_path)
+    assert len(take(stream(index, config(workers=1)), 0, 1)) == 1
+
+
+def test_closed_while_they_start_none_is_left(index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[int] = []
+    start = workers.Worker._start
+
+    def slow(self: workers.Worker):
+        process = start(self)
+        started.append(process.pid)
+        time.sleep(0.3)
+        return process
+
+    monkeypatch.setattr(workers.Worker, "_start", slow)
+    crew = stream_module._Crew([object()] * 3, 3)
+    thread = threading.Thread(target=lambda: list(crew.steps(0, 1)))
+    thread.start()
+    while not started:
+        time.sleep(0.01)
+    crew.end()
+    thread.join()
+    assert len(started) == 1
+    wait_until_gone(started)
 
 
 def test_workers_import_no_torch(index: Index) -> None:

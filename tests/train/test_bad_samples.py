@@ -42,13 +42,11 @@ def test_one_is_replaced_counted_and_named_once(write_config, damaged) -> None:
 
 
 def test_too_many_end_the_run_and_name_the_remedy(write_config, damaged) -> None:
-    path = write_config(
-        AUTOENCODER, data={**damaged, "max_bad_fraction": 0.02}, checkpoint={"every_steps": 1}
-    )
+    path = write_config(AUTOENCODER, data={**damaged, "max_bad_fraction": 0.0}, checkpoint={"every_steps": 1})
     result = cli("train", path)
     assert result.returncode == 1
     assert re.search(
-        r"error: 1 of \d+ samples could not be used .* data\.max_bad_fraction 0\.02 allows", result.stderr
+        r"error: 1 of \d+ samples could not be used .* data\.max_bad_fraction 0 allows", result.stderr
     )
     assert "ul-scale data verify lists all of them; newest complete checkpoint: step" in result.stderr
     steps = store.complete_steps(run_dir_of(path))
@@ -63,10 +61,11 @@ def test_a_share_is_judged_over_many_draws_or_the_whole_set() -> None:
     health.watch(batch([1, 0, 1], [1, 1, 0]))  # type: ignore[arg-type]  # a surplus slot does not count
     health.watch(batch([1, 1, 0], [1, 1, 1]))  # type: ignore[arg-type]
     assert float(health.counted(torch.device("cpu"))) == 3
-    health.judge(10, drawn=64)  # of 10,000 that are judged at least
-    with pytest.raises(TooManyBadSamples, match=r"11 of 64 samples .* 0\.001 allows \(10\)"):
-        health.judge(11, drawn=64)
-    health.judge(100, drawn=100_000)
-    small = SampleHealth(0.001, num_samples=999)
+    health.judge(22, drawn=64)  # of 10,000 that are judged at least: 10, and four standard deviations
+    with pytest.raises(TooManyBadSamples, match=r"23 of 64 samples .* 0\.001 allows \(22\)"):
+        health.judge(23, drawn=64)
+    health.judge(1100, drawn=10**6)
     with pytest.raises(TooManyBadSamples):
-        small.judge(1, drawn=8)
+        health.judge(1200, drawn=10**6)
+    with pytest.raises(TooManyBadSamples):
+        SampleHealth(0.0, num_samples=999).judge(1, drawn=8)

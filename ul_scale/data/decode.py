@@ -71,9 +71,12 @@ def _latent_reader(parts: Sequence[str], config: DataConfig, url: str) -> Read:
         if part not in sample.parts:
             raise BadSample(f"{sample.name}: has no {part}, only {', '.join(sample.parts)}")
         try:
-            return decode_npy(sample.parts[part])
+            z_clean = decode_npy(sample.parts[part])
         except ValueError as error:
             raise BadSample(f"{sample.name}.{part}: {error}") from error
+        if z_clean.dtype.kind != "f":
+            raise BadSample(f"{sample.name}.{part}: is {z_clean.dtype}, expected floats")
+        return z_clean
 
     return read
 
@@ -138,9 +141,12 @@ def label_of(sample: Sample) -> int:
     """Return a sample's class, -1 if it has none."""
     text = bytes(sample.parts.get("cls", b"-1"))
     try:
-        return int(text)
+        label = int(text)
     except ValueError:
-        raise BadSample(f"{sample.name}.cls: {text[:40]!r} is not a class id") from None
+        label = -2
+    if not -1 <= label < 2**31:
+        raise BadSample(f"{sample.name}.cls: {text[:40]!r} is not a class id")
+    return label
 
 
 def caption_of(sample: Sample) -> str:
@@ -190,4 +196,6 @@ def _npy_header(header: bytes) -> tuple[np.dtype, tuple[int, ...], Literal["C", 
     shape, fortran, dtype = read(stream)
     if dtype.hasobject:
         raise ValueError(".npy file of pickled objects, which are never loaded")
+    if any(type(size) is not int for size in shape):
+        raise ValueError(f".npy header with shape {shape}")
     return dtype, shape, "F" if fortran else "C"

@@ -63,6 +63,8 @@ def pillow_errors() -> Iterator[None]:
     """Turn what Pillow's plugins raise on damaged files, SyntaxError among it, into ValueError."""
     try:
         yield
+    except MemoryError:  # says nothing about the image
+        raise
     except UnidentifiedImageError:
         raise ValueError("not a readable image (neither JPEG, PNG, WebP nor BMP)") from None
     except Exception as error:

@@ -9,7 +9,8 @@ is written last and names the sizes and digests of the others. That of a remote 
 import json
 import math
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -94,7 +95,9 @@ class Index:
         self.members = _open_array(files, "members.npy", (num_samples, len(self.parts), 2))
         keys = files[KEYS]
         source = pa.memory_map(str(keys)) if isinstance(keys, Path) else pa.BufferReader(keys)
-        self._key_file, self._key_lock = pq.ParquetFile(source), threading.Lock()
+        self._key_lock = threading.Lock()
+        with self._damage():
+            self._key_file = pq.ParquetFile(source)
         if self._key_file.metadata.num_rows != num_samples:
             raise ValueError(f"{KEYS} has {self._key_file.metadata.num_rows} rows, expected {num_samples}")
         # All groups but the last have as many rows.
@@ -148,7 +151,17 @@ class Index:
         return [f"{self.dataset}/{shard}/{key}" for shard, key in zip(shards, self.keys(start, stop))]
 
     def _read_key_group(self, group: int) -> pa.Array:
-        return self._key_file.read_row_group(group, columns=["key"]).column("key").combine_chunks()
+        with self._damage():
+            return self._key_file.read_row_group(group, columns=["key"]).column("key").combine_chunks()
+
+    @contextmanager
+    def _damage(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, pa.ArrowException) as error:
+            reason = " ".join(str(error).split())
+            remedy = f"run: ul-scale data index {self.url} --full"
+            raise ValueError(f"{self.url}: {KEYS} of the index is damaged ({reason}); {remedy}") from error
 
 
 def open_index(url: str) -> Index:
@@ -187,7 +200,7 @@ def read_meta(url: str) -> tuple[bytes, dict[str, Any]]:
     """Return the content of an index's meta.json, and what it says: {} where none can be read."""
     fs, root = storage.open_folder(url)
     try:
-        content = _read_small(fs, f"{root}/{INDEX_FOLDER}/meta.json")
+        content = storage.read_file(fs, f"{root}/{INDEX_FOLDER}/meta.json")
         meta = json.loads(content)
     except (FileNotFoundError, ValueError):
         return b"", {}
@@ -265,7 +278,3 @@ def _open_array(files: Mapping[str, Path | bytearray], name: str, shape: tuple[i
     if array.shape != shape or array.dtype != dtype:
         raise ValueError(f"{name} is {array.dtype} {list(array.shape)}, expected {dtype} {list(shape)}")
     return array
-
-
-def _read_small(fs: Any, path: str) -> bytes:
-    return storage.read_range(fs, path, 0, fs.size(path))

@@ -46,6 +46,7 @@ from ul_scale.data.tar import ABSENT, ShardScan, scan_shard
 PASS_S, PASS_OVERHEADS = 600.0, 4.0
 # What has been read for less time is not worth writing down when a shard turns out to be damaged.
 _WORTH_KEEPING_S = 60.0
+_LEFT_S = 86_400.0  # no pass takes so long
 _log = logging.getLogger(__name__)
 
 
@@ -77,6 +78,8 @@ def build_index(
         ValueError: if there are no shards or no samples, or if a shard is damaged or refused.
         OSError: if a shard cannot be read.
     """
+    if "::" in url:
+        raise ValueError(f"{url}: a chained URL cannot be written to; expected the folder itself")
     files = {name: info for name, info in storage.list_files(url).items() if name.endswith(".tar")}
     if not files:
         raise ValueError(f"{url}: no .tar shards in this folder")
@@ -248,8 +251,9 @@ def _spool(fs: Any, folder: str) -> Iterator[str]:
     local = storage.is_local(fs)
     if local:
         os.makedirs(folder, exist_ok=True)
-        for leftover in Path(folder).glob("pass-*"):  # of a process that was killed
-            shutil.rmtree(leftover, ignore_errors=True)
+        for leftover in Path(folder).glob("pass-*"):
+            if time.time() - leftover.stat().st_mtime > _LEFT_S:  # of a process that was killed
+                shutil.rmtree(leftover, ignore_errors=True)
     try:
         with tempfile.TemporaryDirectory(prefix="pass-", dir=folder if local else None) as spool:
             yield spool

@@ -6,7 +6,6 @@ from itertools import groupby
 from typing import TypedDict
 
 from ul_scale.data.index import Index, open_index
-from ul_scale.data.latents import is_complete
 from ul_scale.data.plan import LanePlan, lane_slots
 from ul_scale.data.stream import make_plan
 
@@ -64,21 +63,11 @@ def print_order(
         ValueError: if the config, its data or a number is not as expected.
     """
     # Above this package; they are needed for this command alone.
-    from ul_scale.config import BaseRun, load
-    from ul_scale.train.prepare import latents_dir
+    from ul_scale.config import load
+    from ul_scale.train.prepare import training_url
 
     run = load(config, list(overrides))
-    url = run.data.train
-    if isinstance(run, BaseRun) and not run.autoencoder.on_the_fly:
-        parent = run.autoencoder
-        url = str(latents_dir(run.root, parent.run, parent.step))
-        if not is_complete(url):
-            raise ValueError(
-                f"{url}: no latents of autoencoder {parent.run} at step {parent.step}; encode them first"
-            )
-    if url is None:
-        raise ValueError(f"{config}: data.train is not set; expected a folder of shards")
-    index = open_index(url)
+    index = open_index(training_url(run))
     plan = make_plan(index, run.data, seed=run.seed, batch_size=run.train.batch_size)
     for line in order_lines(index, plan, step, steps, world_size):
         print(json.dumps(line))

@@ -135,8 +135,21 @@ def list_files(url: str) -> dict[str, dict[str, Any]]:
         if entry["type"] != "directory" and not entry["name"].endswith("/"):
             if entry["name"] == root:
                 raise ValueError(f"{url} is a file; expected a folder")
+            if entry["size"] is None and entry["name"].endswith(".tar"):
+                entry |= _details(fs, entry)
             files[entry["name"].rsplit("/", 1)[-1]] = entry
     return dict(sorted(files.items()))
+
+
+def _details(fs: Any, entry: dict[str, Any]) -> dict[str, Any]:
+    """Return what a store knows of a file whose size its listing does not tell, as those by http."""
+    name = _name(fs, entry["name"])
+    if entry["type"] != "file":
+        raise ValueError(f"{name} is no file that can be read; expected a tar")
+    details: dict[str, Any] = _persist(
+        lambda _: fs.info(entry["name"]), _SMALL, f"{name}: cannot read its size"
+    )
+    return details
 
 
 def _list(fs: Any, root: str) -> list[dict[str, Any]]:
@@ -146,11 +159,13 @@ def _list(fs: Any, root: str) -> list[dict[str, Any]]:
     entries = []
     with os.scandir(root) as found:  # in half the time that fsspec takes, for it looks at every link twice
         for entry in found:
-            if not entry.is_dir():
+            if entry.is_file():
                 stat = entry.stat()
                 entries.append(
                     {"name": entry.path, "type": "file", "size": stat.st_size, "mtime": stat.st_mtime}
                 )
+            elif not entry.is_dir():  # such as a link to nothing
+                entries.append({"name": entry.path, "type": "other", "size": None})
     return entries
 
 
@@ -197,6 +212,12 @@ def read_range(
         return data
 
     return _persist(attempt, policy, f"{_name(fs, path)}: cannot read bytes {start} to {end}", stop)
+
+
+def read_file(fs: Any, path: str) -> bytes:
+    """Return a small file's content; raises what `read_range` does."""
+    what = f"{_name(fs, path)}: cannot read"
+    return read_range(fs, path, 0, _persist(lambda _: int(fs.info(path)["size"]), _SMALL, what))
 
 
 def write_file(fs: Any, path: str, data: bytes) -> None:

@@ -130,12 +130,17 @@ class LaneStream:
                         self.on_bad(name, reason)
                 yield _collate(parts, order, weight)
 
+        def end() -> None:
+            crew.end()
+            self._crew = None
+
         # Processes hold ready what they make.
-        return ahead(make(), 1 if processes else self.config.prefetch_steps, crew.end)
+        return ahead(make(), 1 if processes else self.config.prefetch_steps, end)
 
     def memory_bytes(self) -> int:
         """Return what the worker processes hold in memory now, bytes."""
-        return memory_bytes(self._crew.workers) if self._crew else 0
+        crew = self._crew
+        return memory_bytes(crew.workers) if crew else 0
 
     def _window_bytes(self, lanes: int) -> int:
         """Return the most bytes that this rank's windows, current and next, can take together."""
@@ -199,7 +204,7 @@ def iterate(
 
 def _processes(index: Index, config: DataConfig, most: int) -> int:
     """Return how many worker processes there are to be; 0 for a thread of this one."""
-    return 0 if index.url.startswith("memory:") else min(config.workers, most)
+    return 0 if index.url.startswith("memory:") else min(config.workers, max(most, 0))
 
 
 class _Crew:
@@ -215,7 +220,10 @@ class _Crew:
             yield from ([rows] for rows in self._jobs[0].rows(first, self._stop))
             return
         try:
-            self.workers = [Worker(job, first, depth) for job in self._jobs]
+            for job in self._jobs:
+                self.workers.append(Worker(job, first, depth))
+                if self._stop.is_set():  # `end` may have missed it
+                    return
             while True:
                 parts = []
                 for worker in self.workers:

@@ -1,8 +1,8 @@
 """Processes that read and decode, so that the training process keeps its interpreter for the device.
 
-``python -m ul_scale.data.worker`` takes a job on its standard input and writes rows to its standard output
-until the input is closed, by its parent or by its parent's death. It imports no torch and starts in well
-under a second. What it writes is read by its parent alone.
+``python -m ul_scale.data.worker FD`` takes a job from an open file and writes rows to its standard output
+until its standard input is closed, by its parent or by its parent's death. It imports no torch (unless it
+resizes JPEGs) and starts in well under a second. What it writes is read by its parent alone.
 """
 
 import contextlib
@@ -12,6 +12,7 @@ import signal
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import traceback
 from collections.abc import Generator
@@ -76,21 +77,23 @@ class Worker:
             self._end()
 
     def _start(self) -> "subprocess.Popen[bytes]":
-        package = str(Path(__file__).parents[2])
-        path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
-        process = subprocess.Popen(
-            [sys.executable, "-m", "ul_scale.data.worker"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            bufsize=0,
-            env={**os.environ, "PYTHONPATH": path},
-        )
-        assert process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # the death is met when its rows are read
-            process.stdin.write(_LENGTH.pack(len(self._job)))
-            _write(process.stdin, memoryview(self._job))
-            _write(process.stdin, memoryview(struct.pack("<QQ", self._step, self._depth)))
-        return process
+        package, environment = Path(__file__).parents[2], dict(os.environ)
+        if package.name != "site-packages":
+            given = environment.get("PYTHONPATH")
+            environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(package), given]))
+        with tempfile.TemporaryFile() as job:  # a pipe would have to be written while the process starts
+            job.write(struct.pack("<QQ", self._step, self._depth) + self._job)
+            job.seek(0)
+            return subprocess.Popen(
+                # -P: what lies in the folder that training was started from is not to be imported.
+                [sys.executable, "-P", "-m", "ul_scale.data.worker", str(job.fileno())],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                pass_fds=[job.fileno()],
+                bufsize=0,
+                env=environment,
+                start_new_session=True,
+            )
 
     def _restart(self) -> None:
         with self._lock:
@@ -183,6 +186,9 @@ def main() -> None:
     # The parent decides when this ends; a signal to the whole group is meant for it.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
+    with open(int(sys.argv[1]), "rb") as file:
+        step, depth = struct.unpack("<QQ", file.read(16))
+        job = file.read()
     source = os.fdopen(os.dup(0), "rb", buffering=0)
     sink = os.fdopen(os.dup(1), "wb", buffering=0)
     os.dup2(2, 1)  # what a library prints must not come between the rows
@@ -191,11 +197,6 @@ def main() -> None:
         import fcntl
 
         fcntl.fcntl(sink.fileno(), _F_SETPIPE_SZ, _PIPE_BYTES)
-    try:
-        (length,) = _LENGTH.unpack(_read(source, _LENGTH.size))
-        job, (step, depth) = _read(source, length), struct.unpack("<QQ", _read(source, 16))
-    except EOFError:
-        return
     threading.Thread(target=_end_with, args=(source,), daemon=True).start()
     try:
         rows: Generator[Rows, None, None] = ahead(pickle.loads(job).rows(step, threading.Event()), depth)

@@ -70,7 +70,7 @@ class EncodeConfig:
     captions: bool | None = None
     """Keep captions; by default, if the source has them. A sample without one is then left out."""
     batch_size: int = 100
-    """Images that are encoded at a time; another number may change last bits."""
+    """Images that are encoded at a time, which may decide last bits."""
     samples_per_shard: int = 1000
     """Of the source, also where some of them are left out."""
     max_bad_fraction: float | None = None
@@ -205,6 +205,7 @@ def _job(run_dir: Path, step: int, data: DataConfig, split: str, config: EncodeC
             "flipped": config.flipped,
             "captions": captions,
             "samples_per_shard": config.samples_per_shard,
+            "batch_size": config.batch_size,
         },
         max_left_out=int(limit * len(index)),
     )

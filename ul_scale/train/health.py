@@ -70,7 +70,7 @@ class StepHealth:
 
 
 JUDGED_SAMPLES = 10_000
-"""A share of bad samples means little before so many have been drawn, or the whole of a smaller set."""
+"""A share of bad samples means little before so many have been drawn, or all of a smaller set."""
 
 
 class TooManyBadSamples(RuntimeError):
@@ -102,7 +102,8 @@ class SampleHealth:
         Raises:
             TooManyBadSamples: on every rank alike.
         """
-        allowed = self._max_fraction * max(drawn, self._judged)
+        expected = self._max_fraction * max(drawn, self._judged)
+        allowed = expected + 4 * math.sqrt(expected)  # chance alone does not end a run
         if replaced > allowed:
             raise TooManyBadSamples(
                 f"{replaced:.0f} of {drawn} samples could not be used and were replaced, more than "

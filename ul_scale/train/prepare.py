@@ -15,7 +15,7 @@ from ul_scale.config import AutoencoderRun, BaseRun, RunConfig
 from ul_scale.data.index import Index, open_index
 from ul_scale.data.latents import is_complete
 from ul_scale.data.plan import LanePlan, lane_slots
-from ul_scale.data.stream import make_plan
+from ul_scale.data.stream import LaneStream, make_plan
 from ul_scale.models.flops import num_parameters
 from ul_scale.parallel.build import check_layout
 from ul_scale.stages.autoencoder import AutoencoderStage
@@ -55,21 +55,7 @@ def prepare(config: RunConfig, world_size: int = 1) -> Prepared:
     """
     config.log.check()
     on_the_fly = isinstance(config, BaseRun) and config.autoencoder.on_the_fly
-    if isinstance(config, BaseRun) and not on_the_fly:
-        parent = config.autoencoder
-        url = str(latents_dir(config.root, parent.run, parent.step))
-        if not is_complete(url):
-            raise ValueError(
-                f"{url}: no latents of autoencoder {parent.run} at step {parent.step}; first run: "
-                f"ul-scale encode {run_path(config.root) / parent.run} --step {parent.step}"
-            )
-    elif config.data.train is None or config.data.image_size is None:
-        raise ValueError(
-            "data.train and data.image_size are not both set; expected a folder of shards, and pixels"
-        )
-    else:
-        url = config.data.train
-    index = open_index(url)
+    index = open_index(training_url(config))
     _check_held_out(config, index)
     latents = None
     if isinstance(config, BaseRun):
@@ -77,11 +63,35 @@ def prepare(config: RunConfig, world_size: int = 1) -> Prepared:
     images = on_the_fly or isinstance(config, AutoencoderRun)
     run_id = configs.run_id(config, index.identity if images else None)
     plan = make_plan(index, config.data, seed=config.seed, batch_size=config.train.batch_size)
+    # The last rank has the most lanes. Nothing is read yet.
+    LaneStream(index, plan, config.data, lane_slots(plan.lanes, world_size - 1, world_size))
     run_dir = run_path(config.root) / run_id
     require_bucket(run_dir)
     prepared = Prepared(config, run_id, run_dir, index, plan, latents, world_size)
     check_layout(config.parallel, world_size, prepared.samples_per_rank)
     return prepared
+
+
+def training_url(config: RunConfig) -> str:
+    """Return the URL of the shards that a run trains on: latents of a base model, else images.
+
+    Raises:
+        ValueError: if the latents are not encoded yet, or the data are not set.
+    """
+    if isinstance(config, BaseRun) and not config.autoencoder.on_the_fly:
+        parent = config.autoencoder
+        url = str(latents_dir(config.root, parent.run, parent.step))
+        if not is_complete(url):
+            raise ValueError(
+                f"{url}: no latents of autoencoder {parent.run} at step {parent.step}; first run: "
+                f"ul-scale encode {run_path(config.root) / parent.run} --step {parent.step}"
+            )
+        return url
+    if config.data.train is None or config.data.image_size is None:
+        raise ValueError(
+            "data.train and data.image_size are not both set; expected a folder of shards, and pixels"
+        )
+    return config.data.train
 
 
 def _check_held_out(config: RunConfig, index: Index) -> None:

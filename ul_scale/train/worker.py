@@ -338,7 +338,13 @@ def _trained_stage(life: Life) -> AutoencoderStage | BaseStage:
 @torch.no_grad()
 def _measure_std(encoder: nn.Module, prepared: Prepared, device: torch.device) -> float:
     """Return the std of the latents of the first samples, over all entries."""
-    batches = iterate(prepared.index, prepared.config.data, stop=Z_STD_SAMPLES, batch_size=64)
+    batches = iterate(
+        prepared.index,
+        prepared.config.data,
+        stop=Z_STD_SAMPLES,
+        batch_size=64,
+        on_bad=lambda name, reason: None,  # named when training meets it
+    )
     return float(torch.cat([encoder(batch["x"].to(device)).flatten() for batch in batches]).std())
 
 

@@ -247,8 +247,8 @@ def test_colours_stay(matrix: str, levels: str) -> None:
 @pytest.mark.parametrize("form", ["mp4", "matroska", "avi"])
 def test_videos_that_are_cut_short(form: str) -> None:
     data = video(60, form=form)
-    for share in (0.5, 0.8):
-        with pytest.raises(ValueError, match="ends after|not a readable video|is damaged"):
+    for share in (0.5, 0.8, 0.97):
+        with pytest.raises(ValueError, match="ends after|not a readable video|is damaged|has [0-9,]+ of"):
             recode_video(data[: int(len(data) * share)], "mp4", KEEP)
 
 
@@ -258,7 +258,7 @@ def test_damaged_videos(tmp_path: Path) -> None:
     listing.write_bytes(data)
     cases = {
         b"": "neither MP4",
-        data[:200]: "has no video stream|not a readable video",
+        data[:200]: "has no video stream|not a readable video|has [0-9,]+ of",
         f"#EXTM3U\n#EXTINF:1,\n{listing}\n#EXT-X-ENDLIST\n".encode(): "neither MP4",
         f"ffconcat version 1.0\nfile {listing}\n".encode(): "neither MP4",
     }

@@ -199,6 +199,26 @@ def test_other_files_or_options_do_not_mix_with_what_is_there(source: Path, tmp_
         write(source, dest)
 
 
+def test_a_mended_file_rewrites_its_shard_alone(source: Path, tmp_path: Path) -> None:
+    dest = tmp_path / "dest"
+    broken = min((source / "bag").glob("[0-9]*"))
+    whole = broken.read_bytes()
+    broken.write_bytes(whole[:30])
+    with pytest.raises(ValueError, match="1 of 30 files cannot be used"):
+        write(source, dest, samples_per_shard=8)
+    before = {path.name: path.stat().st_mtime_ns for path in dest.glob("*.tar")}
+    broken.write_bytes(whole)
+    index = write(source, dest, samples_per_shard=8)
+    after = {path.name: path.stat().st_mtime_ns for path in dest.glob("*.tar")}
+    assert len(index) == 30 and len(before) == 3 and before.items() < after.items()
+    assert digests(dest) == digests_of_a_build(source, tmp_path / "other")
+
+
+def digests_of_a_build(source: Path, dest: Path) -> dict[str, str]:
+    write(source, dest, samples_per_shard=8)
+    return digests(dest)
+
+
 def test_buckets(source: Path, memory_url: str, tmp_path: Path) -> None:
     fs, root = fsspec.core.url_to_fs(memory_url)
     fs.put(str(source), f"{root}/source", recursive=True)
@@ -354,7 +374,7 @@ def test_animations_are_stored_as_they_are(tmp_path: Path) -> None:
     folder.mkdir()
     for form in ("webp", "gif"):
         (folder / f"{form}.{form}").write_bytes(animation(form.upper()))
-    write(folder, tmp_path / "dest", Encoding(shortest_side=4), labels="none")
+    write(folder, tmp_path / "dest", kind="videos", labels="none")
     samples = read(tmp_path / "dest")
     assert all(samples[form][form] == (folder / f"{form}.{form}").read_bytes() for form in ("webp", "gif"))
 
@@ -422,5 +442,9 @@ def test_animations_are_videos_where_asked_for_and_stills_are_left_out(tmp_path:
     assert len(index) == 2 and set(index.parts) == {"cls", "gif", "webp"}
     stored = read(tmp_path / "videos")
     assert stored["face/a"]["webp"] == (folder / "a.webp").read_bytes()
-    assert set(write(tmp_path / "source", tmp_path / "images").parts) == {"cls", "gif", "webp"}
-    assert not (tmp_path / "videos" / "_bad.jsonl").exists()
+    with pytest.raises(ValueError, match="is an animated GIF, and images are stills"):
+        write(tmp_path / "source", tmp_path / "images")
+    assert not (tmp_path / "videos" / "_bad.jsonl").exists() and index.extra == {"stills": 1}
+    with pytest.raises(ValueError, match="animated images, which keep their bytes"):
+        write(tmp_path / "source", tmp_path / "small", kind="videos", frame_rate=10)
+    (folder / "b.gif").unlink()

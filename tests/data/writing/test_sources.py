@@ -70,8 +70,16 @@ def test_splits_are_not_taken_for_classes(tmp_path: Path) -> None:
     assert labels(train) == {"cat/1": 1, "dog/2": 2} and train.classes == ["ape", "cat", "dog"]
     assert "has no split 'test', only train, val" in refused(tmp_path, split="test")
     assert "--split train is given, but there are no folders" in refused(tmp_path / "train", split="train")
-    fill(tmp_path, "bus/4.jpg")  # beside which train is a thing
-    assert find(tmp_path).classes == ["bus", "train", "val"]
+    fill(tmp_path, "bus/4.jpg")
+    assert "train, val" in refused(tmp_path)
+    fill(tmp_path / "vehicles", "bus/4.jpg", "train/5.jpg")  # beside a bus it is a thing
+    assert find(tmp_path / "vehicles").classes == ["bus", "train"]
+
+
+@pytest.mark.parametrize("splits", [("train2017", "val2017"), ("data/train", "data/val")])
+def test_splits_are_not_mixed_whatever_they_are_called(tmp_path: Path, splits: tuple[str, str]) -> None:
+    fill(tmp_path, f"{splits[0]}/cat/1.jpg", f"{splits[1]}/cat/2.jpg")
+    assert "split" in refused(tmp_path)
 
 
 def test_classes_of_the_training_set_are_taken_over(tmp_path: Path) -> None:

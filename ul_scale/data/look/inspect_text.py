@@ -46,6 +46,8 @@ def show(url: str, *, samples: int | None = 1000, out: Path | None = None, as_js
     """
     if out is not None and out.suffix.lower() != ".png":
         raise ValueError(f"{out}: the contact sheet is a PNG; expected a name that ends in .png")
+    if out is not None and not out.parent.is_dir():
+        raise ValueError(f"{out}: there is no folder {out.parent}")
     index = open_index(url)
     total = len(index) if samples is None else min(samples, len(index))
     with progress_bar(f"Reading {index.dataset}", total) as advance:
@@ -255,7 +257,8 @@ def _share(count: int, total: int) -> str:
 
 
 def _one_line(text: str) -> str:
-    return " ".join(text.split())
+    text = " ".join(text.split())
+    return "".join(letter if letter.isprintable() else "�" for letter in text)  # no escapes for terminals
 
 
 def _bytes(count: float) -> str:

@@ -85,7 +85,8 @@ def open_frames(data: Buffer) -> tuple[Image.Image, int]:
     """
     try:
         image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
-        frames = getattr(image, "n_frames", 1)
+        # Of a JPEG (MPO) or PNG with several pictures, training takes the first, as of a still.
+        frames = getattr(image, "n_frames", 1) if image.format == "WEBP" else 1
     except Exception as error:  # Pillow's plugins raise many classes on damaged files
         raise ValueError(image_reason(error)) from error
     check_pixels(*image.size)

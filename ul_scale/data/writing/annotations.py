@@ -12,11 +12,13 @@ from ul_scale.data.writing import tables
 class _Lookup:
     """Finds a source's files by what tables call them: path or base name, with or without suffix."""
 
-    def __init__(self, files: Iterable[str]) -> None:
+    def __init__(self, files: Iterable[str], split: str | None) -> None:
         self._names: dict[str, str | None] = {}
         for name in files:
             stem, base = posixpath.splitext(name)[0], posixpath.basename(name)
-            for alias in {stem, base, posixpath.splitext(base)[0]} - {name}:
+            # Where the folder of a split was entered, tables may still name files by it.
+            in_split = {f"{split}/{name}", f"{split}/{stem}"}
+            for alias in {stem, base, posixpath.splitext(base)[0], *in_split} - {name}:
                 self._names[alias] = None if alias in self._names else name
         self._names.update((name, name) for name in files)
 
@@ -63,7 +65,7 @@ def read_captions(
     rows = tables.read_rows(url)
     column = _file_column(rows, image_column, url)
     text = tables.find_column(rows, _given_or(caption_column, tables.CAPTION_COLUMNS), "caption", url)
-    lookup, missing = _Lookup(files), []
+    lookup, missing = _Lookup(files, split), []
     captions: dict[str, tuple[str, ...]] = {}
     for row in tables.select_split(rows, split, column, url):
         names = _names_in_row(row, column)
@@ -107,7 +109,7 @@ def read_labels(
         rows = tables.read_rows(url)
         column = _file_column(rows, image_column, url)
         label_column = tables.find_column(rows, tables.LABEL_COLUMNS, "label", url)
-        lookup, labels, missing = _Lookup(files), {}, []
+        lookup, labels, missing = _Lookup(files, split), {}, []
         for row in tables.select_split(rows, split, column, url):
             names, label = _names_in_row(row, column), _label(row, label_column, url)
             found = lookup.find(names, url)
@@ -144,7 +146,7 @@ def _label(row: tables.Row, column: str, url: str) -> str:
 def _label_list(url: str, files: list[str]) -> dict[str, str]:
     lines = [line.split() for line in tables.read_text(url).splitlines() if line.strip()]
     if lines and all(len(line) == 2 for line in lines):
-        lookup = _Lookup(files)
+        lookup = _Lookup(files, None)
         found = [(lookup.find([name], url), name, label) for name, label in lines]
         absent = [name for path, name, _ in found if path is None]
         if absent:
@@ -157,6 +159,8 @@ def _label_list(url: str, files: list[str]) -> dict[str, str]:
     labels = [line[0] for line in lines]
     if "validation_ground_truth" in url.rsplit("/", 1)[-1]:
         synsets = _devkit_synsets(url)
+        if unknown := set(labels) - set(synsets):
+            raise ValueError(f"{url}: has the id {min(unknown)}, which meta.mat beside it does not")
         labels = [synsets[label] for label in labels]
     return dict(zip(files, labels))
 
@@ -173,6 +177,6 @@ def _devkit_synsets(url: str) -> dict[str, str]:
     fs, path = storage.open_folder(f"{url.rsplit('/', 1)[0] if '/' in url else '.'}/meta.mat")
     if not fs.exists(path):
         raise ValueError(f"{url}: its ids are explained by meta.mat, which is not beside it as in the devkit")
-    data = storage.read_range(fs, path, 0, fs.size(path))
+    data = storage.read_file(fs, path)
     table = loadmat(io.BytesIO(data), squeeze_me=True)["synsets"]
     return {str(int(row["ILSVRC2012_ID"])): str(row["WNID"]) for row in table}

@@ -16,8 +16,8 @@ from PIL import Image
 
 from ul_scale.data.images import IMAGE_FORMATS as STILL_FORMATS
 from ul_scale.data.images import open_image
-from ul_scale.data.transforms import resize_shortest_side
-from ul_scale.data.video import container_format, import_av
+from ul_scale.data.transforms import check_pixels, resize_shortest_side
+from ul_scale.data.video import container_format, import_av, open_video
 
 IMAGE_FORMATS = ("keep", "webp", "png", "jpg")
 JPEG_QUALITY = 95
@@ -88,6 +88,7 @@ def recode_image(data: bytes, encoding: Encoding) -> tuple[str, bytes]:
         source = Image.open(io.BytesIO(data), formats=(*STILL_FORMATS, "GIF"))
         form = str(source.format)
         if form in ("GIF", "WEBP") and getattr(source, "is_animated", False):
+            check_pixels(*source.size)
             for number in range(getattr(source, "n_frames", 1)):
                 source.seek(number)
                 source.load()
@@ -128,21 +129,13 @@ def recode_video(data: bytes, part: str, encoding: Encoding) -> tuple[str, bytes
     av, form = import_av(), container_format(data)
     if part not in _CONTAINER_PARTS[form]:
         part = _CONTAINER_PARTS[form][0]
-    try:
-        with av.open(io.BytesIO(data), format=form, metadata_errors="ignore") as container:
-            if not container.streams.video:
-                raise ValueError("has no video stream")
-            stream = container.streams.video[0]
-            # Several videos are worked on at a time; and what is written must not depend on the cores.
-            stream.thread_type = "NONE"
-            frames = _Frames(container, stream)
-            if _fits(stream, encoding):
-                for _ in frames:
-                    pass
-            else:
-                part, data = _write_video(av, frames, stream, encoding)
-    except (av.FFmpegError, EOFError) as error:
-        raise ValueError(f"not a readable video ({_reason(error)})") from error
+    with open_video(data) as (container, stream):
+        frames = _Frames(container, stream)
+        if _fits(stream, encoding):
+            for _ in frames:
+                pass
+        else:
+            part, data = _write_video(av, frames, stream, encoding)
     return part, data
 
 

@@ -77,12 +77,16 @@ def write_shards(
         ValueError: if dest holds something else, if files are bad, or an option does not fit.
         OSError: if a file cannot be read.
     """
-    if samples_per_shard < 1:
-        raise ValueError(f"{samples_per_shard} samples per shard; expected at least 1")
+    if f"{storage.open_folder(dest)[1]}/".startswith(f"{storage.open_folder(source.url)[1]}/"):
+        raise ValueError(f"{dest}: lies inside the source {source.url}; choose a folder outside")
     encoding.check_kind(source.kind)
+    if _animations(source) and (encoding.shortest_side or encoding.frame_rate):
+        raise ValueError(
+            f"{source.url}: holds animated images, which keep their bytes; expected no size or frame rate"
+        )
     shards = _deal(source.samples, samples_per_shard)
     record = _Record(dest, _given(source, encoding, samples_per_shard))
-    todo = [name for name in shards if not record.has(name)]
+    todo = [name for name, samples in shards.items() if not record.has(name, samples)]
     if todo:
         workers = workers or (os.cpu_count() or 1 if storage.is_local(source.fs) else 16)
         bad = _write_missing(
@@ -101,7 +105,9 @@ def write_shards(
             f"{source.url}: {len(bad)} of {len(source.samples)} files cannot be used, such as {bad[0].file} "
             f"({bad[0].reason}); {remedy}. All are listed in {dest}/{BAD_FILES}"
         )
-    left_out = {"skipped": len(bad), "missing": len(source.missing)}
+    left_out = {"skipped": len(bad), "missing": len(source.missing), "stills": record.stills()}
+    if left_out["stills"]:
+        _log.warning("%s: left out %d still images, for videos are asked for", dest, left_out["stills"])
     extra = {name: count for name, count in left_out.items() if count}
     return build_index(dest, dataset=dataset, classes=source.classes, extra=extra)
 
@@ -129,6 +135,8 @@ def _some(names: list[str], most: int = 5) -> str:
 
 
 def _deal(samples: list[SourceSample], samples_per_shard: int) -> dict[str, list[SourceSample]]:
+    if samples_per_shard < 1:
+        raise ValueError(f"{samples_per_shard} samples per shard; expected at least 1")
     shuffled = [samples[i] for i in permutation(len(samples), "build")]
     return {
         f"shard-{number:06d}.tar": shuffled[first : first + samples_per_shard]
@@ -143,12 +151,25 @@ def _given(source: Source, encoding: Encoding, samples_per_shard: int) -> str:
         import_av()
         encoder = video_encoder()[0] if encoding != AS_IT_IS else None
     digest = hashlib.blake2b(digest_size=16)
-    digest.update(json.dumps([asdict(encoding), encoder, samples_per_shard]).encode())
+    digest.update(json.dumps([asdict(encoding), encoder, samples_per_shard, source.classes]).encode())
     for sample in source.samples:
         sidecar = sample.sidecar.size if sample.sidecar else None
-        what = [sample.key, sample.part, sample.entry.size, sample.label, sample.captions, sidecar]
+        what = [sample.key, sample.part, sample.label, sample.captions, sidecar is not None]
         digest.update(json.dumps(what).encode())
     return digest.hexdigest()
+
+
+def _animations(source: Source) -> bool:
+    """Say whether animated images are to be taken as videos."""
+    return source.kind == "videos" and any(
+        sample.part in ANIMATION_SUFFIXES.values() for sample in source.samples
+    )
+
+
+def _files_of(samples: list[SourceSample]) -> str:
+    """Return a hash of a shard's source files as far as a listing tells: one that was mended has another."""
+    sizes = [[sample.entry.size, sample.sidecar.size if sample.sidecar else None] for sample in samples]
+    return hashlib.blake2b(json.dumps(sizes).encode(), digest_size=16).hexdigest()
 
 
 def _write_missing(
@@ -190,14 +211,14 @@ def _write_shard(
     advance: Callable[[int], None],
     skip_bad: bool,
 ) -> list[BadFile]:
-    shard, bad = ShardWriter(record.fs, f"{record.root}/{name}"), list[BadFile]()
+    shard, bad, stills = ShardWriter(record.fs, f"{record.root}/{name}"), list[BadFile](), 0
     try:
         for sample, parts in zip(samples, encoded):
             if isinstance(parts, BadFile):
                 _log.warning("%s: %s", parts.file, parts.reason)
                 bad.append(parts)
             elif parts is None:
-                _log.info("%s: left out, a still image", sample.entry.name)
+                stills += 1
             else:
                 shard.write(sample.key, parts)
             advance(1)
@@ -207,7 +228,7 @@ def _write_shard(
     if bad and not skip_bad:
         shard.discard()
     else:
-        record.add(name, shard.commit(), bad)
+        record.add(name, shard.commit(), samples, bad, stills)
     return bad
 
 
@@ -226,6 +247,8 @@ def _encode(source: Source, sample: SourceSample, encoding: Encoding) -> dict[st
         part, data = recode_image(data, encoding)
     else:
         part, data = recode_video(data, sample.part, encoding)
+    if part == "gif" and source.kind == "images":
+        raise ValueError("is an animated GIF, and images are stills; build it with --kind videos")
     parts = {part: data}
     if sample.label is not None:
         parts["cls"] = str(sample.label).encode()
@@ -294,14 +317,22 @@ class _Record:
         else:
             self._write()
 
-    def has(self, name: str) -> bool:
-        """Say whether a shard was finished and is still as long as it was."""
-        return name in self._shards and self._present.get(name) == self._shards[name]["size"]
+    def has(self, name: str, samples: list[SourceSample]) -> bool:
+        """Say whether a shard was finished of these very files, and is still as long as it was."""
+        shard = self._shards.get(name)
+        return shard is not None and (self._present.get(name), _files_of(samples)) == (
+            shard["size"],
+            shard["files"],
+        )
 
-    def add(self, name: str, size: int, bad: list[BadFile]) -> None:
+    def add(self, name: str, size: int, samples: list[SourceSample], bad: list[BadFile], stills: int) -> None:
         """Note that a shard is finished, and what was left out of it."""
-        self._shards[name] = {"size": size, "bad": bad}
+        self._shards[name] = {"size": size, "files": _files_of(samples), "bad": bad, "stills": stills}
         self._write()
+
+    def stills(self) -> int:
+        """Return how many still images were left out of videos."""
+        return sum(shard["stills"] for shard in self._shards.values())
 
     def bad(self) -> list[BadFile]:
         """Return the files that were left out of the shards."""

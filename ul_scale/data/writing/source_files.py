@@ -57,6 +57,9 @@ def list_source(url: str) -> Listing:
     found = fs.find(root, withdirs=True, detail=True)
     names = {path[len(root) :].strip("/"): info for path, info in found.items()}
     names = {name: info for name, info in names.items() if name and "/." not in f"/{name}"}
+    linked = next((n for n, info in names.items() if info.get("islink") and fs.isdir(info["name"])), None)
+    if linked is not None:
+        raise ValueError(f"{url}: {linked} is a link to a folder, which is not followed; expected folders")
     folders = {name for name, info in names.items() if info["type"] == "directory"}
     files = [
         Entry(name, info["name"], 0, info["size"])

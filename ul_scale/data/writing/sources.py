@@ -140,6 +140,7 @@ def find_source(url: str, options: SourceOptions) -> Source:
         chosen = [name for name in chosen if name in labels]
         missing.update(dict.fromkeys(absent))
     _check_missing(url, len(chosen), missing, next(iter(media)))
+    _check_one_split(chosen, url)
     if options.classes_from is not None and labels_from != "none":
         classes = _classes_of(options.classes_from, {labels[name] for name in chosen})
 
@@ -216,6 +217,22 @@ def _enter_split(
     inside = {name[len(prefix) :]: entry for name, entry in media.items() if name.startswith(prefix)}
     folders = [name[len(prefix) :] for name in folders if name.startswith(prefix)]
     return inside, [name for name in folders if "/" not in name], prefix
+
+
+def _check_one_split(names: Iterable[str], url: str) -> None:
+    """Refuse what would mix splits: folders side by side that are called train and val, at any depth."""
+    found: dict[str, dict[str, str]] = {}
+    for folder in {posixpath.dirname(name) for name in names}:
+        while folder:
+            parent, base = posixpath.split(folder)
+            split = base.lower().rstrip("0123456789_-")  # COCO's train2017
+            if split in SPLIT_FOLDERS:
+                found.setdefault(parent, {}).setdefault(split[:2], folder)
+            folder = parent
+    for folders in found.values():
+        if len(folders) > 1:
+            splits = ", ".join(sorted(folders.values()))
+            raise ValueError(f"{url}: holds the splits {splits}; give the folder of one as the source")
 
 
 def _folder_labels(names: list[str], folders: list[str], url: str, kind: str) -> dict[str, str | int]:

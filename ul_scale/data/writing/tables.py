@@ -40,6 +40,7 @@ def read_rows(url: str) -> list[Row]:
     Raises:
         ValueError: if it is missing, damaged, empty, or of another format.
     """
+    storage.open_folder(url)  # refuses credentials before any message repeats them
     suffix = url.rsplit(".", 1)[-1].lower()
     rows: list[Row]
     if suffix == "parquet":
@@ -97,7 +98,7 @@ def select_split(rows: list[Row], split: str | None, identity: str, url: str) ->
         raise ValueError(f"{url}: holds the splits {', '.join(splits)}; choose one with --split")
     if split is not None and split not in splits:
         raise ValueError(f"{url}: has no split {split!r}, only {', '.join(splits)}")
-    return [row for row in rows if split in (None, row.get(column))]
+    return [row for row in rows if split in (None, str(row.get(column)))]
 
 
 def _read(url: str) -> bytes:
