@@ -1,9 +1,10 @@
 """From numbers of samples to their bytes: range requests, several in flight, sliced by the index."""
 
+import os
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -14,11 +15,10 @@ from ul_scale.data.sample import Sample
 from ul_scale.data.tar import ABSENT
 
 READS_IN_FLIGHT = 8
-"""Of each worker; a bucket answers each in tens of milliseconds."""
+"""Of each worker; a bucket answers each in tens of milliseconds. Of a local disk, no more than cores."""
 
 
-@dataclass(frozen=True)
-class Taken:
+class Taken(NamedTuple):
     """A sample's bytes, its number in the index, and the epoch that it is taken in (None: in none)."""
 
     number: int
@@ -40,7 +40,8 @@ class Fetcher:
     ) -> None:
         self._index, self._policy, self._ending = index, policy, ending or threading.Event()
         self._fs, self._root = storage.open_folder(index.url)
-        self._pool = ThreadPoolExecutor(READS_IN_FLIGHT, thread_name_prefix="ul-scale-read")
+        at_once = min(READS_IN_FLIGHT, os.cpu_count() or 1) if storage.is_local(self._fs) else READS_IN_FLIGHT
+        self._pool = ThreadPoolExecutor(at_once, thread_name_prefix="ul-scale-read")
 
     def close(self) -> None:
         self._ending.set()
@@ -93,8 +94,9 @@ class LaneReader:
                 self._samples = [sample for read in self._reads for sample in read.result()]
                 self._current = window.epoch, window.start
                 self._next, self._reads = self._plan.window_after(window), []
-            for place in window.order[start:stop].tolist():
-                yield Taken(int(window.samples[place]), window.epoch, self._samples[place])
+            places = window.order[start:stop]
+            for number, place in zip(window.samples[places].tolist(), places.tolist()):
+                yield Taken(number, window.epoch, self._samples[place])
             # The next window arrives as this one is used up, not sooner: it takes memory.
             due = -(-len(self._next.segments) * stop // len(window.order))
             if due > len(self._reads):
