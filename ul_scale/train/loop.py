@@ -162,7 +162,7 @@ def accumulate_gradients(
     """
     sums: dict[str, Tensor] = {}
     for micro, rows in enumerate(micro_batches(len(batch["weight"]), accumulation_steps)):
-        torch.manual_seed(keyed.seed_of(*dropout_key, micro) >> 1)
+        seed_dropout(batch["weight"].device, keyed.seed_of(*dropout_key, micro) >> 1)
         micro_noise = take(noise, rows)
         terms = engine.forward(take(batch, rows), micro_noise, step)
         weight = batch["weight"][rows] / config.batch_size
@@ -172,6 +172,14 @@ def accumulate_gradients(
             parts |= bins.sums(terms, micro_noise, weight)
         sums = {name: sums[name] + part if name in sums else part for name, part in parts.items()}
     return sums
+
+
+def seed_dropout(device: torch.device, seed: int) -> None:
+    """Seed the device's generator alone: torch.manual_seed formats a stack trace for each other kind."""
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
+    else:
+        torch.default_generator.manual_seed(seed)
 
 
 def log(completed: int, sums: dict[str, Tensor], more: dict[str, float], watch: Instruments) -> None:
