@@ -178,6 +178,6 @@ def order(
     - `ul-scale data order configs/quickstart/autoencoder.yaml --step 700`
     - `ul-scale data order CONFIG --step 1000000 --steps 10 --world-size 64 | jq -r '.keys[]'`
     """
-    from ul_scale.data.order import print_order
+    from ul_scale.train.order import print_order
 
     print_order(config, overrides or [], step=step, steps=steps, world_size=world_size)

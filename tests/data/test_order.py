@@ -17,10 +17,11 @@ from ul_scale.data import plan as plan_module
 from ul_scale.data.config import DataConfig
 from ul_scale.data.index import Index
 from ul_scale.data.indexing import build_index
-from ul_scale.data.order import OrderLine, order_lines, print_order
+from ul_scale.data.order import OrderLine, order_lines
 from ul_scale.data.plan import LanePlan, lane_slots
 from ul_scale.data.stream import LaneStream, make_plan
 from ul_scale.keyed import permutation
+from ul_scale.train.order import print_order
 from ul_scale.train.prepare import latents_dir, prepare
 
 from .conftest import write_latents, write_shards

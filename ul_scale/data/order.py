@@ -1,13 +1,11 @@
 """Say which samples a batch is made of, for any step, without reading a sample."""
 
-import json
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import TypedDict
 
-from ul_scale.data.index import Index, open_index
+from ul_scale.data.index import Index
 from ul_scale.data.plan import LanePlan, lane_slots
-from ul_scale.data.stream import make_plan
 
 
 class OrderLine(TypedDict):
@@ -52,22 +50,3 @@ def _names(index: Index, samples: Sequence[int]) -> list[str]:
     """Return the names of samples, looked up in the index's order, in which their keys lie together."""
     names = {sample: index.names(sample, sample + 1)[0] for sample in sorted(set(samples))}
     return [names[sample] for sample in samples]
-
-
-def print_order(
-    config: str, overrides: Sequence[str] = (), *, step: int, steps: int = 1, world_size: int = 1
-) -> None:
-    """Print the order of a config's run as JSON lines, whether or not it ever ran.
-
-    Raises:
-        ValueError: if the config, its data or a number is not as expected.
-    """
-    # Above this package; they are needed for this command alone.
-    from ul_scale.config import load
-    from ul_scale.train.prepare import training_url
-
-    run = load(config, list(overrides))
-    index = open_index(training_url(run))
-    plan = make_plan(index, run.data, seed=run.seed, batch_size=run.train.batch_size)
-    for line in order_lines(index, plan, step, steps, world_size):
-        print(json.dumps(line))

@@ -1,7 +1,7 @@
 """From samples to rows of a batch: fetched, decoded in threads, and replaced where they are bad.
 
-A job says which rows, and gives them from any step on. It runs in a thread of the training process, or,
-since nothing here needs torch, in a light process of its own (``worker.py``).
+A job says which rows, and gives them from any step on. It runs in a thread of the training process, or in a
+process of its own (``worker.py``), which is light: torch is imported only where JPEGs are resized.
 """
 
 import threading
