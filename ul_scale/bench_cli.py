@@ -60,7 +60,8 @@ def step(
     """Compare the training loop with a bare one, in blocks of steps by turns.
 
     Both train the same module with the same optimizer, averages, clipping and batch in memory. Ours also
-    keys its noise, watches, logs (once a block) and hears stop requests. Loading data is in neither.
+    keys its noise, watches, logs (once a block) and hears stop requests. Loading data is in neither, nor what
+    the system takes to hand freed memory out again.
 
     Examples:
     - `ul-scale bench step`
@@ -72,6 +73,7 @@ def step(
     from ul_scale.train.prepare import prepare
 
     process = _process()
+    bench.keep_freed_memory()
     if config is None:
         if overrides:
             raise ValueError(f"override {overrides[0]!r} is given without --config; expected both or neither")

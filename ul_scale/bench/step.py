@@ -1,5 +1,7 @@
 """What our loop costs over a bare one: same process, module, optimizer, averages and batch."""
 
+import ctypes
+import platform
 import tempfile
 import time
 from collections.abc import Callable
@@ -27,6 +29,7 @@ LEAST_STEP_S = 0.05
 """The promise, at most ``PROMISED_OVERHEAD``, is for steps of at least so long."""
 PROMISED_OVERHEAD = 0.02
 WARMUP_STEPS = 3
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,18 @@ def compare_loops(
                 f"overhead {100 * (ours_s / bare_s - 1):+.1f} %"
             )
     return result
+
+
+def keep_freed_memory() -> None:
+    """Have glibc's malloc keep what is freed, for the rest of this process.
+
+    Otherwise each loop gives memory back and takes it again, by how its blocks happen to lie: up to 2 % of a
+    CPU's step, of either loop, which says nothing about the loops.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**30)
+        libc.mallopt(M_MMAP_MAX, 0)
 
 
 def seconds_per_step(work: Workload, run: Callable[[int], object], steps: int) -> tuple[float, float]:
