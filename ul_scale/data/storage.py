@@ -138,7 +138,7 @@ def list_files(url: str) -> dict[str, dict[str, Any]]:
             if entry["size"] is None and entry["name"].endswith(".tar"):
                 entry |= _details(fs, entry)
             files[entry["name"].rsplit("/", 1)[-1]] = entry
-    return dict(sorted(files.items()))
+    return {name: files[name] for name in sorted(files)}
 
 
 def _details(fs: Any, entry: dict[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +44,12 @@ class AutoencoderLoss:
     loss_factor_warmup_steps: int = 0
     """Steps of that fall, linear in the logarithm. Short runs at a low bitrate need it: before the decoder
     has learned to use z_0, the prior's gradient shrinks the latent to nothing."""
+    target_bits_per_pixel: float | None = field(default=None, metadata={"legacy": None})
+    """Hold the latent at this bitrate by adapting c_lf, from ``loss_factor`` on; null: c_lf stays as set."""
+    target_start: float = field(default=0.3, metadata={"legacy": 0.3})
+    """Share of ``train.steps`` from which c_lf is adapted; until then it is as set, with its warm start."""
+    target_end: float = field(default=0.95, metadata={"legacy": 0.95})
+    """Share of ``train.steps`` after which c_lf stays where it settled."""
 
     def __post_init__(self) -> None:
         for name in ("loss_factor", "loss_factor_start"):
