@@ -17,6 +17,7 @@ from ul_scale.checkpoint.attempts import Fenced, RunBusy  # noqa: E402
 from ul_scale.checkpoint.transfer import BrokenCheckpoint, SaveFailed  # noqa: E402
 from ul_scale.checkpoint_cli import checkpoint_app  # noqa: E402
 from ul_scale.data_cli import data_app  # noqa: E402
+from ul_scale.flops_cli import flops  # noqa: E402
 
 EXIT_FAILED, EXIT_BAD_INPUT = 1, 2
 
@@ -32,6 +33,7 @@ app.add_typer(data_app, name="data")
 app.add_typer(sweep_app, name="sweep")
 app.add_typer(checkpoint_app, name="checkpoint")
 app.add_typer(bench_app, name="bench")
+app.command()(flops)
 
 ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file.", show_default=False)]
 Overrides = Annotated[
@@ -105,12 +107,28 @@ def config(config: ConfigPath, overrides: Overrides = None) -> None:
 
 @app.command()
 def encode(
-    run: Annotated[str, typer.Argument(help="Run directory or URL of an autoencoder.")],
+    run: Annotated[
+        str,
+        typer.Argument(
+            metavar="RUN|CONFIG", help="Run directory or URL of an autoencoder; or config of a fixed one."
+        ),
+    ],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]…", help="Overrides of CONFIG.")
+    ] = None,
     step: Annotated[int | None, typer.Option(help="Its checkpoint; by default the newest.")] = None,
     split: Annotated[list[str] | None, typer.Option(help="train, val; by default those it has.")] = None,
     dtype: Annotated[str, typer.Option(help="Of what is stored: fp32, or fp16 at half the size.")] = "fp32",
     flipped: Annotated[bool, typer.Option("--flipped", help="Also store mirror images' latents.")] = False,
+    given_frames: Annotated[
+        int | None, typer.Option(help="Of videos: also store the latent of the first so many frames.")
+    ] = None,
     captions: Annotated[bool | None, typer.Option(help="Keep captions; by default if there are any.")] = None,
+    text_encoder: Annotated[
+        str | None, typer.Option(help="Also store captions' embeddings: folder or hub name of a model.")
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(help="Of a caption; longer ones are cut.")] = 77,
+    text_precision: Annotated[str, typer.Option(help="Of the text encoder: fp32 or bf16.")] = "fp32",
     batch_size: Annotated[int, typer.Option(min=1, help="Images that are encoded at a time.")] = 100,
     max_bad_fraction: Annotated[
         float | None, typer.Option(help="Share that may be left out; by default data.max_bad_fraction.")
@@ -123,21 +141,65 @@ def encode(
     Examples:
     - `ul-scale encode runs/autoencoder-c2.7-0123456789 --step 800`
     - `ul-scale encode gs://bucket/runs/autoencoder-c2.7-0123456789 --dtype fp16 --flipped --split train`
+    - `ul-scale encode RUN --text-encoder google/t5-v1_1-base`
+    - `ul-scale encode RUN --given-frames 5`
+    - `ul-scale encode configs/baselines/sd_vae.yaml model.weights=FOLDER data.train=shards/train`
     - `torchrun --nproc-per-node=8 -m ul_scale.cli encode RUN`
     """
     from ul_scale.checkpoint.files import run_path
     from ul_scale.evaluate.encode import EncodeConfig
     from ul_scale.evaluate.encode import encode as encode_run
+    from ul_scale.evaluate.fixed_run import fixed_run
 
+    run_dir = fixed_run(run, overrides or []) if run.endswith((".yaml", ".yml")) else run_path(run)
     config = EncodeConfig(
         dtype=dtype,
         flipped=flipped,
+        given_frames=given_frames,
         captions=captions,
+        text_encoder=text_encoder,
+        max_tokens=max_tokens,
+        text_precision=text_precision,
         batch_size=batch_size,
         max_bad_fraction=max_bad_fraction,
     )
-    for folder in encode_run(run_path(run), step, split or None, config):
+    for folder in encode_run(run_dir, step, split or None, config):
         print(folder)
+
+
+@app.command()
+def bitrate(
+    run: Annotated[str, typer.Argument(help="Run directory of an autoencoder or a base model.")],
+    data: Annotated[str, typer.Option(help="Split of its data: val, or train.")] = "val",
+    step: Annotated[int | None, typer.Option(help="Checkpoint; by default the newest.")] = None,
+    samples: Annotated[int, typer.Option(min=2, help="The first so many of the split.")] = 1000,
+    times_per_image: Annotated[int, typer.Option(min=1, help="Noise levels per image.")] = 8,
+    seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images at a time; changes nothing.")] = 100,
+) -> None:
+    """Measure the bits per pixel of a run's latents, an upper bound, with its 95 % confidence interval.
+
+    Under an autoencoder's own prior, or under a base model. Held-out data bound the bits; on training data
+    they are fewer by as much as the prior has overfitted.
+
+    Examples:
+    - `ul-scale bitrate runs/autoencoder-c2.7-0123456789 --data val`
+    - `ul-scale bitrate runs/autoencoder-c2.7-0123456789 --data train --samples 5000`
+    """
+    import json
+
+    from ul_scale.evaluate.bitrate import measure_bitrate
+
+    figures = measure_bitrate(
+        local_run(run),
+        step,
+        split=data,
+        samples=samples,
+        times_per_image=times_per_image,
+        seed=seed,
+        batch_size=batch_size,
+    )
+    print(json.dumps(figures, indent=1))
 
 
 @app.command()

@@ -18,6 +18,7 @@ from ul_scale.models import zoo
 from ul_scale.parallel.engine import NOT_IDENTITY, ParallelConfig
 from ul_scale.stages.autoencoder import AutoencoderLoss, AutoencoderModel
 from ul_scale.stages.base import BaseLoss, BaseModel
+from ul_scale.stages.fixed import FixedLoss, FixedModel
 from ul_scale.train.ema import EmaConfig
 from ul_scale.train.loop import TrainConfig
 from ul_scale.train.metrics import LogConfig
@@ -84,10 +85,25 @@ class BaseRun:
     log: LogConfig = field(default_factory=LogConfig, metadata=NOT_IDENTITY)
 
 
+@dataclass(frozen=True, kw_only=True)
+class FixedRun:
+    """An autoencoder that is not trained here, whose latents base models are trained on as on others'."""
+
+    kind: str = "fixed_autoencoder"
+    name: str
+    root: str = field(default="runs", metadata=NOT_IDENTITY)
+    """Where run directories lie."""
+    data: DataConfig
+    model: FixedModel
+    loss: FixedLoss = field(default_factory=FixedLoss)
+
+
 RunConfig = AutoencoderRun | BaseRun
+AnyAutoencoder = AutoencoderRun | FixedRun
 KINDS: dict[str, tuple[type, dict[str, zoo.Fields]]] = {
     "autoencoder": (AutoencoderRun, zoo.AUTOENCODERS),
     "base": (BaseRun, zoo.BASES),
+    "fixed_autoencoder": (FixedRun, {}),
 }
 T = TypeVar("T")
 
@@ -173,7 +189,15 @@ def structure(schema: type[T], values: DictConfig, source: str) -> T:
 
 
 def resolve(values: DictConfig, source: str) -> RunConfig:
-    """Return a checked RunConfig: ``model.size`` filled in, types and ranges checked."""
+    """Return the checked config of a run that is trained, with ``model.size`` filled in."""
+    config = resolve_any(values, source)
+    if isinstance(config, FixedRun):
+        raise ValueError(f"{source}: there is nothing to train; expected: ul-scale encode CONFIG")
+    return config
+
+
+def resolve_any(values: DictConfig, source: str) -> RunConfig | FixedRun:
+    """Return a checked config of any kind."""
     kind = values.get("kind")
     if not isinstance(kind, str) or kind not in KINDS:
         raise ValueError(f"{source}: kind is {kind!r}; expected one of {', '.join(KINDS)}")
@@ -183,22 +207,31 @@ def resolve(values: DictConfig, source: str) -> RunConfig:
         if not isinstance(size, str) or size not in sizes:
             raise ValueError(f"{source}: model.size is {size!r}; expected one of {', '.join(sizes)}")
         values = OmegaConf.merge({"model": sizes[size]}, values)  # type: ignore[assignment]
-    config: RunConfig = structure(schema, values, source)
+    config: RunConfig | FixedRun = structure(schema, values, source)
     if "/" in config.name or not config.name:
         raise ValueError(f"{source}: name is {config.name!r}; expected a name for a folder")
     return config
 
 
 def load(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
-    """Read, override, resolve and check a run's config."""
+    """Read, override, resolve and check the config of a run that is trained."""
     return resolve(apply_overrides(read_yaml(path), overrides or []), str(path))
 
 
-def loads(text: str, source: str) -> RunConfig:
-    """Resolve and check a run's config from its YAML; ``source`` is named in errors."""
+def load_any(path: str | Path, overrides: list[str] | None = None) -> RunConfig | FixedRun:
+    """Read, override, resolve and check a config of any kind."""
+    return resolve_any(apply_overrides(read_yaml(path), overrides or []), str(path))
+
+
+def loads(text: str, source: str) -> RunConfig | FixedRun:
+    """Resolve and check a config of any kind from its YAML; ``source`` is named in errors."""
+    return resolve_any(parse(text), source)
+
+
+def parse(text: str) -> DictConfig:
     values = OmegaConf.create(text)
     assert isinstance(values, DictConfig)
-    return resolve(values, source)
+    return values
 
 
 def to_yaml(config: Any) -> str:
@@ -237,13 +270,18 @@ def hash10(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:10]
 
 
-def run_id(config: RunConfig, data_identity: str | None) -> str:
+def run_id(
+    config: RunConfig | FixedRun, data_identity: str | None, text_identity: str | None = None
+) -> str:
     """Return ``<name>-<hash10>``: what the run computes, not where or how.
 
     Args:
         config: resolved.
         data_identity: dataset id and fingerprint of the training shards; None for a base model, whose
             data are given by ``autoencoder.run`` and ``autoencoder.step``.
+        text_identity: of the text encoder that runs beside it.
     """
     counted = {"method_version": METHOD_VERSION, "data_identity": data_identity, **identity(config)}
+    if text_identity is not None:
+        counted["text_identity"] = text_identity
     return f"{config.name}-{hash10(counted)}"

@@ -53,7 +53,13 @@ def build_stage(config: dict[str, Any], source: str) -> AutoencoderStage | BaseS
         if config["kind"] == "autoencoder":
             model = _section(AutoencoderModel, config["model"])
             loss = _section(AutoencoderLoss, config["loss"])
-            return AutoencoderStage(model, loss, image_size=data["image_size"], channels=data["channels"])
+            return AutoencoderStage(
+                model,
+                loss,
+                image_size=data["image_size"],
+                channels=data["channels"],
+                frames=data.get("frames"),
+            )
         model, loss = _section(BaseModel, config["model"]), _section(BaseLoss, config["loss"])
         latent_shape = tuple(data["latent_shape"])
         return BaseStage(

@@ -50,6 +50,21 @@ def test_what_a_sample_has_beside_its_latent_is_optional() -> None:
     assert summary.last_class == 3 and summary.entries == 2 * LATENTS[0].size
 
 
+def test_what_conditions_a_sample_lies_beside_its_latent() -> None:
+    z = np.random.default_rng(3).normal(size=(4, 2, 4, 3, 3)).astype(np.float32)
+    tokens = np.random.default_rng(4).normal(size=(5, 6)).astype(np.float32)
+    shard = LatentShard()
+    shard.write("a", z[0], flipped=z[1], given=z[2, :, :2], flipped_given=z[3, :, :2], embedding=tokens)
+    shard.write("b", z[1], embedding=tokens[:2])
+    data, summary = shard.finish()
+    found = {name: np.load(io.BytesIO(content)) for name, content in members(data).items()}
+    assert np.array_equal(found["a.z_given.npy"], z[2, :, :2])
+    assert np.array_equal(found["a.z_given_flipped.npy"], z[3, :, :2])
+    assert np.array_equal(found["a.text.npy"], tokens.astype(np.float16))
+    assert found["b.text.npy"].shape == (2, 6) and "b.z_given.npy" not in found
+    assert summary.entries == 2 * z[0].size  # of z_clean alone
+
+
 def test_the_same_latents_give_the_same_bytes() -> None:
     assert shard_of(LATENTS, label=1).finish() == shard_of(LATENTS, label=1).finish()
 
@@ -119,6 +134,19 @@ def test_what_cannot_be_written(key: str, z_clean: np.ndarray, message: str) -> 
     shard.write("a", LATENTS[0])
     with pytest.raises(ValueError, match=message):
         shard.write(key, z_clean)
+    assert shard.finish()[1].samples == 1
+
+
+def test_what_conditions_a_sample_is_checked_as_well() -> None:
+    shard = LatentShard()
+    z = np.zeros((2, 4, 3, 3), np.float32)
+    shard.write("a", z, given=z[:, :2])
+    with pytest.raises(ValueError, match=r"latent of given frames of 'b' has shape \(2, 1, 3, 3\)"):
+        shard.write("b", z, given=z[:, :1])
+    with pytest.raises(ValueError, match="the embedding of 'b' is too large for fp16"):
+        shard.write("b", z, embedding=np.full((1, 2), 7e4, np.float32))
+    with pytest.raises(ValueError, match="the embedding of 'b' is not all finite floats"):
+        shard.write("b", z, embedding=np.full((1, 2), np.nan, np.float32))
     assert shard.finish()[1].samples == 1
 
 

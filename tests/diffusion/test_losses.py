@@ -4,75 +4,60 @@ import pytest
 import torch
 
 from ul_scale.diffusion import losses
-from ul_scale.diffusion.process import add_noise, alpha_sigma, eps_from_v, v_from_x_eps, x_from_v
-from ul_scale.diffusion.schedule import Schedule, latent_schedule
+from ul_scale.diffusion.process import add_noise, eps_from_v, v_from_x_eps, x_from_v
+from ul_scale.diffusion.schedule import Schedule
 
 
-def optimal_v(z_t, log_snr, variance):
-    """Return v̂ of the best denoiser for z ~ N(0, variance): the closed form E[z | z_t]."""
-    alpha, sigma = alpha_sigma(log_snr, z_t)
-    z_hat = alpha * variance / (alpha**2 * variance + sigma**2) * z_t
-    return (alpha * z_t - z_hat) / sigma
+@pytest.mark.parametrize("log_snr", [-10.0, -4.0, 5.0])
+def test_kl_is_torchs(log_snr):
+    z = torch.linspace(-3, 3, 7, dtype=torch.float64)[:, None]
+    a2 = torch.sigmoid(torch.tensor(log_snr, dtype=torch.float64))
+    q = torch.distributions.Normal(a2.sqrt() * z, (1 - a2).sqrt())
+    p = torch.distributions.Normal(torch.zeros_like(z), torch.ones_like(z))
+    expected = torch.distributions.kl_divergence(q, p)[:, 0]
+    torch.testing.assert_close(losses.kl_to_normal(z, log_snr), expected, rtol=1e-7, atol=1e-12)
+
+
+def test_variance_gain_is_the_entropy_that_a_latents_own_variance_adds_to_the_noise():
+    log_variance = torch.tensor([[-9.0, -2.0], [0.0, 3.0]])
+    alpha2, sigma2 = 1 / (1 + math.exp(-5)), 1 / (1 + math.exp(5))
+    noisier = torch.distributions.Normal(0.0, (alpha2 * log_variance.exp() + sigma2).sqrt())
+    plain = torch.distributions.Normal(0.0, sigma2**0.5)
+    expected = (noisier.entropy() - plain.entropy()).sum(1)
+    torch.testing.assert_close(losses.variance_gain(log_variance, 5.0), expected)
+
+
+def test_mse_loss_is_a_gaussian_log_likelihood_but_for_a_constant():
+    g = torch.Generator().manual_seed(0)
+    x, x_hat = torch.randn(2, 4, 3, 2, 2, generator=g, dtype=torch.float64)
+    p = torch.distributions.Normal(x_hat, math.exp(-3 / 2))
+    expected = 1.7 * (p.log_prob(x_hat) - p.log_prob(x)).flatten(1).sum(1)
+    torch.testing.assert_close(losses.mse_loss(x, x_hat, loss_factor=1.7, loss_bias=3.0), expected)
 
 
 @pytest.mark.parametrize("kind", ["cosine", "linear"])
-@pytest.mark.parametrize("variance", [0.01, 0.25, 1.0, 4.0])
-@pytest.mark.parametrize("log_snr_min", [-10.0, -6.0])
-def test_prior_elbo_of_a_gaussian_is_the_closed_form(kind, variance, log_snr_min):
-    schedule = Schedule(log_snr_max=5.0, log_snr_min=log_snr_min, kind=kind)
-    g = torch.Generator().manual_seed(0)
-    n, dims = 4096, 64
-    z = variance**0.5 * torch.randn(n, dims, generator=g, dtype=torch.float64)
-    eps = torch.randn(n, dims, generator=g, dtype=torch.float64)
-    t = losses.stratified_t(0.5, torch.arange(n, dtype=torch.float64), n)
-    log_snr = schedule.log_snr(t)
-    v_hat = optimal_v(add_noise(z, eps, log_snr), log_snr, variance)
-    elbo = losses.prior_elbo(v_from_x_eps(z, eps, log_snr), v_hat, t, schedule)
-    kl = losses.kl_at_t1(z, log_snr_min)
-
-    snr_0, snr_1 = math.exp(5.0), math.exp(log_snr_min)
-    integral = 0.5 * math.log((1 + snr_0 * variance) / (1 + snr_1 * variance))
-    a2, s2 = 1 / (1 + math.exp(-log_snr_min)), 1 / (1 + math.exp(log_snr_min))
-    kl_mean = 0.5 * (a2 * variance + s2 - 1 - math.log(s2))
-    for value, expected in ((elbo, integral), (kl, kl_mean)):
-        error = 4 * value.std().item() / n**0.5 / dims
-        assert value.mean().item() / dims == pytest.approx(expected, abs=error + 1e-9)
-
-
-def test_gaussian_bound_is_2_5034_nats_per_dimension():
-    # By quadrature: no noise at all, the expectation over z and ε is taken in closed form.
-    schedule = latent_schedule()
-    n = 200_001
-    t = losses.stratified_t(0.5, torch.arange(n, dtype=torch.float64), n)
-    # E ‖z − ẑ‖² = 1 / (1 + e^λ) for unit variance; in v form the error is that divided by σ² = sigmoid(−λ).
-    v = torch.ones(n, 1, dtype=torch.float64)
-    integral = losses.prior_elbo(v, torch.zeros_like(v), t, schedule).mean()
-    kl = losses.kl_at_t1(torch.ones(1, 1, dtype=torch.float64), -10.0)
-    assert (integral + kl).item() == pytest.approx(2.5034, abs=5e-5)
-
-
-def test_kl_is_torchs():
-    z = torch.linspace(-3, 3, 7, dtype=torch.float64)[:, None]
-    a2 = torch.sigmoid(torch.tensor(-4.0, dtype=torch.float64))
-    q = torch.distributions.Normal(a2.sqrt() * z, (1 - a2).sqrt())
-    p = torch.distributions.Normal(torch.zeros_like(z), torch.ones_like(z))
-    torch.testing.assert_close(losses.kl_at_t1(z, -4.0), torch.distributions.kl_divergence(q, p)[:, 0])
-
-
-def test_v_eps_and_x_forms_agree_in_fp32():
+@pytest.mark.parametrize("loss_bias", [None, 0.0, 3.0])
+@pytest.mark.parametrize("log_snr_max", [5.0, 10.0])
+def test_v_eps_and_x_forms_agree_in_fp32(kind, loss_bias, log_snr_max):
     g = torch.Generator().manual_seed(1)
     x, eps, error = (torch.randn(256, 3, 8, 8, generator=g) for _ in range(3))
-    schedule = latent_schedule()
+    schedule = Schedule(log_snr_max=log_snr_max, log_snr_min=-10.0, kind=kind)
     t = losses.stratified_t(0.3, torch.arange(256.0), 256)
     log_snr = schedule.log_snr(t)
     x_t, v = add_noise(x, eps, log_snr), v_from_x_eps(x, eps, log_snr)
     v_hat = v + error
-    half_slope = -0.5 * schedule.log_snr_slope(t)
-    in_eps = half_slope * losses.sum_of_squares(eps - eps_from_v(x_t, v_hat, log_snr))
-    in_x = half_slope * log_snr.exp() * losses.sum_of_squares(x - x_from_v(x_t, v_hat, log_snr))
-    in_v = losses.prior_elbo(v, v_hat, t, schedule)
-    torch.testing.assert_close(in_v, in_eps, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(in_v, in_x, rtol=1e-5, atol=1e-5)
+    weight = -0.5 * schedule.log_snr_slope(t)
+    if loss_bias is None:
+        in_v = losses.prior_elbo(v, v_hat, t, schedule)
+    else:
+        in_v = losses.base_loss(v, v_hat, t, schedule, loss_bias=loss_bias)
+        decoder = losses.decoder_loss(v, v_hat, t, schedule, loss_factor=1.7, loss_bias=loss_bias)
+        torch.testing.assert_close(decoder, 1.7 * in_v, rtol=1e-6, atol=0)
+        weight = weight * torch.sigmoid(loss_bias - log_snr)
+    in_eps = weight * losses.sum_of_squares(eps - eps_from_v(x_t, v_hat, log_snr))
+    in_x = weight * log_snr.exp() * losses.sum_of_squares(x - x_from_v(x_t, v_hat, log_snr))
+    torch.testing.assert_close(in_v, in_eps, rtol=1e-5, atol=0)
+    torch.testing.assert_close(in_v, in_x, rtol=1e-5, atol=0)
 
 
 def test_decoder_loss_is_the_papers_formula():

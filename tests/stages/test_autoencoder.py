@@ -14,18 +14,20 @@ VIT, CONV = (
 )
 
 
-def make_stage(**loss):
+def make_stage(model=(), **loss):
     torch.manual_seed(0)
     model = AutoencoderModel(
         latent_channels=2,
         encoder=EncoderConfig(patch=2, channels=[8, 8], blocks=[1, 1]),
         prior=UViTConfig(patch=1, levels=[VIT], head_dim=8),
         decoder=UViTConfig(patch=2, levels=[CONV, VIT], head_dim=8),
+        **dict(model),
     )
     loss = {"loss_factor": 1.5, "loss_bias": 3.0} | loss
     stage = AutoencoderStage(model, AutoencoderLoss(**loss), image_size=16, channels=1)
     for net in (stage.prior, stage.decoder):  # zero-initialised heads pass no gradient on
-        torch.nn.init.normal_(net.head.weight, std=0.1)
+        if net is not None:
+            torch.nn.init.normal_(net.head.weight, std=0.1)
     return stage
 
 
@@ -145,3 +147,95 @@ def test_image_size_that_does_not_divide_is_named():
             image_size=18,
             channels=1,
         )
+
+
+def parameters_with_gradient(stage, term):
+    batch, noise = batch_and_noise(stage)
+    stage.zero_grad()
+    stage(batch, noise, 0)[term].sum().backward()
+    return {name.split(".")[0] for name, p in stage.named_parameters() if p.grad is not None and p.grad.any()}
+
+
+def test_normal_prior_is_the_kl_of_z_0_and_has_no_network():
+    stage = make_stage({"prior_kind": "normal"}, kl_factor=0.5)
+    batch, noise = batch_and_noise(stage)
+    out = stage(batch, noise, 0)
+    alpha2 = torch.sigmoid(torch.tensor(5.0))
+    q = torch.distributions.Normal(alpha2.sqrt() * stage.encode(batch["x"]), (1 - alpha2).sqrt())
+    kl = torch.distributions.kl_divergence(q, torch.distributions.Normal(0.0, 1.0)).flatten(1).sum(1)
+    bits = kl / (256 * math.log(2))
+    torch.testing.assert_close(out["bits_per_pixel"], bits, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(out["loss/prior"], 0.5 * bits, rtol=1e-4, atol=1e-6)
+    assert stage.prior is None and "prior" not in stage.forward_flops()
+    assert parameters_with_gradient(stage, "loss/prior") == {"encoder"}
+    z = stage.encode(batch["x"])
+    torch.testing.assert_close(stage.latent_nats(z, noise["t/decoder"], z), kl, rtol=1e-4, atol=1e-4)
+
+
+def test_without_the_priors_gradient_it_only_measures():
+    stage = make_stage(prior_gradient=False, kl_factor=0.0)
+    assert parameters_with_gradient(stage, "loss/prior") == {"prior"}
+    as_usual, out = (s(*batch_and_noise(s), 0) for s in (make_stage(), stage))
+    torch.testing.assert_close(out["bits_per_pixel"], as_usual["bits_per_pixel"])
+    held = make_stage(prior_gradient=False, kl_factor=1e-3)
+    assert parameters_with_gradient(held, "loss/prior") == {"prior", "encoder"}
+    assert (held(*batch_and_noise(held), 0)["loss/prior"] > out["loss/prior"]).all()
+
+
+def test_mse_decoder_is_a_gaussian_likelihood_of_variance_e_to_minus_b():
+    stage = make_stage({"decoder_kind": "mse"}, loss_factor=1.7, loss_bias=2.0)
+    batch, noise = batch_and_noise(stage)
+    assert "t/decoder" not in noise and "eps/decoder" not in noise
+    z_0 = stage.add_encoder_noise(stage.encode(batch["x"]), noise["eps/z_0"])
+    x_hat = stage.decode(z_0, num_steps=9, generators=[])
+    q = torch.distributions.Normal(x_hat, math.exp(-1.0))
+    nats = (q.log_prob(x_hat) - q.log_prob(batch["x"])).flatten(1).sum(1)
+    expected = 1.7 * nats / (256 * math.log(2))
+    torch.testing.assert_close(stage(batch, noise, 0)["loss/decoder"], expected)
+    assert encoder_gradient(stage, "loss/decoder").norm() > 0
+
+
+def test_learned_variance_saves_the_prior_what_the_paper_says():
+    stage = make_stage({"learned_variance": True})
+    batch, noise = batch_and_noise(stage)
+    mean, log_variance = stage.encoder(batch["x"]).chunk(2, dim=1)
+    torch.testing.assert_close(stage.encode(batch["x"]), mean)
+    z_clean = mean + (0.5 * log_variance).exp() * noise["eps/z_clean"]
+    nats = stage.latent_nats(z_clean, noise["t/prior"], noise["eps/prior"])
+    nats = nats - 0.5 * torch.log(log_variance.exp() * math.exp(5.0) + 1).flatten(1).sum(1)
+    torch.testing.assert_close(
+        stage(batch, noise, 0)["loss/prior"], nats / (256 * math.log(2)), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_videos_have_latents_with_time_and_bits_per_pixel_of_all_frames():
+    vit = UViTConfig(patch=1, levels=[LevelConfig(kind="transformer", channels=16, blocks=1)], head_dim=16)
+    model = AutoencoderModel(
+        latent_channels=2,
+        encoder=EncoderConfig(patch=2, channels=[8, 8], blocks=[1, 1], time_strides=[2]),
+        prior=vit,
+        decoder=UViTConfig(patch=2, levels=[CONV, vit.levels[0]], head_dim=16, time_strides=[2]),
+    )
+    loss = AutoencoderLoss(loss_factor=1.5, loss_bias=3.0)
+    stage = AutoencoderStage(model, loss, image_size=16, channels=1, frames=4)
+    assert stage.latent_shape == (2, 2, 4, 4) and stage.num_pixels == 4 * 256
+    x = torch.rand(2, 1, 4, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    noise = draw_noise(stage.noise_spec, seed=0, step=0, lanes=[0], lane_size=2, batch_size=2)
+    out = stage({"x": x}, noise, 0)
+    assert out["loss"].shape == (2,)
+    z_0 = stage.add_encoder_noise(stage.encode(x), noise["eps/z_0"])
+    generators = [torch.Generator().manual_seed(i) for i in range(2)]
+    assert stage.decode(z_0, num_steps=1, generators=generators).shape == x.shape
+    with pytest.raises(ValueError, match="data.frames is 5; model.encoder needs a multiple of 2"):
+        AutoencoderStage(model, loss, image_size=16, channels=1, frames=5)
+    with pytest.raises(ValueError, match="model.encoder halves time, but data.frames is not set"):
+        AutoencoderStage(model, loss, image_size=16, channels=1)
+
+
+def test_target_bitrate_takes_its_loss_factor_from_the_control():
+    stage = make_stage(target_bits_per_pixel=0.1)
+    batch, noise = batch_and_noise(stage)
+    before = stage(batch, noise, 0)["loss/decoder"]
+    stage.bitrate_control.loss_factor.mul_(2)
+    torch.testing.assert_close(stage(batch, noise, 0)["loss/decoder"], 2 * before)
+    assert not [name for name, _ in stage.named_parameters() if "control" in name]

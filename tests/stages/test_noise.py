@@ -2,7 +2,7 @@ import torch
 
 from ul_scale.stages.noise import NoiseSpec, draw_noise
 
-SPEC = NoiseSpec(times=("prior", "decoder"), eps={"z_0": (2, 3)})
+SPEC = NoiseSpec(times={"prior": None, "decoder": None}, eps={"z_0": (2, 3)})
 
 
 def draw(lanes, **change):

@@ -191,10 +191,10 @@ class Diffusers(nn.Module):
 
     def __init__(self, heads: int, settings: Settings):
         super().__init__()
-        from diffusers import DiTTransformer2DModel  # type: ignore[import-not-found]
+        from diffusers import DiTTransformer2DModel
 
         channels, grid, _ = settings.latent_shape
-        self.net = DiTTransformer2DModel(
+        self.net: nn.Module = DiTTransformer2DModel(  # type: ignore[assignment]
             num_attention_heads=heads,
             attention_head_dim=HEAD_DIM,
             in_channels=channels,

@@ -256,6 +256,7 @@ def our_loop(work: Workload, run_dir: Path, saved: Callable[[int], None] | None 
             samples=SampleHealth(config.data.max_bad_fraction, MANY_SAMPLES),
             whereabouts=whereabouts,
             metrics=metrics,
+            collapse=lambda completed, terms: None,
             counters=saves.counters,
             profile_step=lambda: None,
         )

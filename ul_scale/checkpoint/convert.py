@@ -98,6 +98,8 @@ def stage_config(run_dir: Path) -> dict[str, Any]:
     config = read_config(run_dir)
     if config["kind"] == "autoencoder":
         data = {name: config["data"][name] for name in ("image_size", "channels")}
+        if (config["data"].get("frames") or 1) > 1:
+            data["frames"] = config["data"]["frames"]
     else:
         parent = run_dir.parent / config["autoencoder"]["run"]
         with torch.device("meta"):

@@ -28,6 +28,8 @@ class DataConfig:
     """Decode large JPEGs at a smaller size, where the difference is small; false: exactly."""
     captions: bool = field(default=False, metadata={"legacy": False})
     """Deliver each sample's caption; one without is a bad sample."""
+    embeddings: bool = field(default=False, metadata={"legacy": False})
+    """Deliver the embedding of each sample's caption, as ``ul-scale encode --text-encoder`` stores it."""
     frames: int | None = field(default=None, metadata={"legacy": None})
     """Frames of a clip; 1 takes single frames, as images. None for data that is no video."""
     frame_rate: float | None = field(default=None, metadata={"legacy": None})
@@ -58,6 +60,11 @@ class DataConfig:
     """Seconds after which a range is not asked for again."""
     max_window_bytes: int = field(default=5_000_000_000, metadata=NOT_IDENTITY)
     """Memory for the windows of a rank's lanes, those in use and those read ahead, bytes."""
+
+    @property
+    def clip_frames(self) -> int | None:
+        """Frames of a video sample; None for images, which single frames of videos are too."""
+        return self.frames if self.frames is not None and self.frames > 1 else None
 
     def __post_init__(self) -> None:
         if self.channels not in (1, 3):

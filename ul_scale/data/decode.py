@@ -23,9 +23,13 @@ IMAGE_PARTS = ("jpg", "jpeg", "png", "webp", "bmp")
 VIDEO_PARTS = ("mp4", "webm", "mkv", "mov", "avi", "gif")
 LATENT_PART = "z_clean.npy"
 FLIPPED_LATENT_PART = "z_clean_flipped.npy"
+GIVEN_PART = "z_given.npy"
+FLIPPED_GIVEN_PART = "z_given_flipped.npy"
+TEXT_PART = "text.npy"
 CAPTION_PARTS = ("txt", "json")
 
-Read = Callable[[Sample, Draw | None], np.ndarray]
+# A sample's array, and that of the frames that are given.
+Read = Callable[[Sample, Draw | None], tuple[np.ndarray, np.ndarray | None]]
 
 
 def make_decoder(parts: Sequence[str], config: DataConfig, url: str) -> Decode:
@@ -50,35 +54,52 @@ def make_decoder(parts: Sequence[str], config: DataConfig, url: str) -> Decode:
             f"expected {' or '.join(CAPTION_PARTS)}"
         )
 
+    if config.embeddings and TEXT_PART not in parts:
+        raise ValueError(
+            f"data.embeddings is set, but the samples of {url} have {', '.join(parts)}; expected {TEXT_PART} "
+            "of ul-scale encode --text-encoder"
+        )
+
     def decode(sample: Sample, draw: Draw | None) -> Example:
+        array, z_given = read(sample, draw)
         text = caption_of(sample) if config.captions else None
-        return Example(read(sample, draw), label_of(sample), text)
+        embedding = _floats(sample, TEXT_PART, 2) if config.embeddings else None
+        return Example(array, label_of(sample), text, embedding, z_given)
 
     return decode
 
 
 def _latent_reader(parts: Sequence[str], config: DataConfig, url: str) -> Read:
-    if config.horizontal_flip and FLIPPED_LATENT_PART not in parts:
-        raise ValueError(
-            f"data.horizontal_flip is set, but {url} holds latents, not images, and no {FLIPPED_LATENT_PART}"
-        )
+    given = GIVEN_PART in parts
+    for part in (FLIPPED_LATENT_PART, *([FLIPPED_GIVEN_PART] if given else [])):
+        if config.horizontal_flip and part not in parts:
+            raise ValueError(
+                f"data.horizontal_flip is set, but {url} holds latents, not images, and no {part}"
+            )
     if config.crop != "center":
         raise ValueError(f"data.crop is {config.crop}, but {url} holds latents, not images")
 
-    def read(sample: Sample, draw: Draw | None) -> np.ndarray:
+    def read(sample: Sample, draw: Draw | None) -> tuple[np.ndarray, np.ndarray | None]:
         flip = config.horizontal_flip and draw is not None and is_flipped(draw.seed, draw.epoch, sample.name)
-        part = FLIPPED_LATENT_PART if flip else LATENT_PART
-        if part not in sample.parts:
-            raise BadSample(f"{sample.name}: has no {part}, only {', '.join(sample.parts)}")
-        try:
-            z_clean = decode_npy(sample.parts[part])
-        except ValueError as error:
-            raise BadSample(f"{sample.name}.{part}: {error}") from error
-        if z_clean.dtype.kind != "f":
-            raise BadSample(f"{sample.name}.{part}: is {z_clean.dtype}, expected floats")
-        return z_clean
+        z_clean = _floats(sample, FLIPPED_LATENT_PART if flip else LATENT_PART)
+        return z_clean, _floats(sample, FLIPPED_GIVEN_PART if flip else GIVEN_PART, 4) if given else None
 
     return read
+
+
+def _floats(sample: Sample, part: str, dims: int | None = None) -> np.ndarray:
+    """Return the floats of an .npy part, with so many dimensions."""
+    if part not in sample.parts:
+        raise BadSample(f"{sample.name}: has no {part}, only {', '.join(sample.parts)}")
+    try:
+        array = decode_npy(sample.parts[part])
+    except ValueError as error:
+        raise BadSample(f"{sample.name}.{part}: {error}") from error
+    if array.dtype.kind != "f":
+        raise BadSample(f"{sample.name}.{part}: is {array.dtype}, expected floats")
+    if dims is not None and array.ndim != dims:
+        raise BadSample(f"{sample.name}.{part}: has shape {array.shape}, expected {dims} dimensions")
+    return array
 
 
 def _pixel_reader(parts: Sequence[str], config: DataConfig, url: str) -> Read:
@@ -90,7 +111,7 @@ def _pixel_reader(parts: Sequence[str], config: DataConfig, url: str) -> Read:
     if set(videos) - {"webp"}:
         import_av()  # a missing package is to show now
 
-    def read(sample: Sample, draw: Draw | None) -> np.ndarray:
+    def read(sample: Sample, draw: Draw | None) -> tuple[np.ndarray, None]:
         part = next((part for part in (*videos, *stills) if part in sample.parts), None)
         if part is None:
             raise BadSample(f"{sample.name}: has no {what}, only {', '.join(sample.parts)}")
@@ -108,7 +129,7 @@ def _pixel_reader(parts: Sequence[str], config: DataConfig, url: str) -> Read:
                 pixels = _read_image(data, channels, crop, fast=config.fast_jpeg)
         except ValueError as error:
             raise BadSample(f"{sample.name}.{part}: {error}") from error
-        return pixels[..., ::-1, :] if flip else pixels
+        return (pixels[..., ::-1, :] if flip else pixels), None
 
     return read
 

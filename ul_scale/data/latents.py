@@ -9,7 +9,13 @@ from typing import Any
 import numpy as np
 import webdataset
 
-from ul_scale.data.decode import FLIPPED_LATENT_PART, LATENT_PART
+from ul_scale.data.decode import (
+    FLIPPED_GIVEN_PART,
+    FLIPPED_LATENT_PART,
+    GIVEN_PART,
+    LATENT_PART,
+    TEXT_PART,
+)
 from ul_scale.data.index import read_meta
 from ul_scale.data.tar import split_name
 
@@ -42,14 +48,14 @@ class Summary:
 
 
 class LatentShard:
-    """A tar of latents in memory, to be written in one step: its samples' `z_clean.npy`, `cls` and `txt`.
+    """A tar of latents in memory, to be written in one step: `z_clean.npy` and what belongs to it.
 
     Args:
         dtype: one of `DTYPES`, to which latents are rounded.
     """
 
     def __init__(self, dtype: str = "fp32") -> None:
-        self._dtype, self._keys, self._shape = dtype, set[str](), tuple[int, ...]()
+        self._dtype, self._keys, self._shapes = dtype, set[str](), dict[str, tuple[int, ...]]()
         self._entries, self._last_class = 0, -1
         self._total, self._total_square = 0.0, 0.0
         self._stream = io.BytesIO()
@@ -62,8 +68,11 @@ class LatentShard:
         z_clean: np.ndarray,
         *,
         flipped: np.ndarray | None = None,
+        given: np.ndarray | None = None,
+        flipped_given: np.ndarray | None = None,
         label: int = -1,
         text: str | None = None,
+        embedding: np.ndarray | None = None,
     ) -> None:
         """Append a sample.
 
@@ -71,21 +80,31 @@ class LatentShard:
             key: unique in the shard.
             z_clean: its latent, (C, h, w) or (C, t, h, w).
             flipped: the latent of its mirror image, if it is to be kept.
+            given: the latent of a clip's first frames alone, (C, t, h, w), if it is to be kept.
+            flipped_given: that of their mirror images.
             label: its class, -1 if it has none.
             text: its caption, if it has one.
+            embedding: of the caption's tokens, (n, width), if it is to be kept; in fp16.
 
         Raises:
             ValueError: if a latent is not finite in the shard's dtype or has another shape than the first,
-                or the key is taken or would not be read back as it is.
+                if an embedding is not finite in fp16, or if the key is taken or would not be read back as it
+                is.
         """
         if split_name(f"{key}.cls") != (key, "cls"):
             raise ValueError(f"{key!r} is not a key that a shard can hold")
         if key in self._keys:
             raise ValueError(f"the key {key!r} comes twice in one shard")
-        stored = self._stored(key, z_clean)
+        stored = self._stored(key, z_clean, "latent")
         parts = {LATENT_PART: _npy(stored)}
         if flipped is not None:
-            parts[FLIPPED_LATENT_PART] = _npy(self._stored(key, flipped))
+            parts[FLIPPED_LATENT_PART] = _npy(self._stored(key, flipped, "latent"))
+        if given is not None:
+            parts[GIVEN_PART] = _npy(self._stored(key, given, "latent of given frames"))
+        if flipped_given is not None:
+            parts[FLIPPED_GIVEN_PART] = _npy(self._stored(key, flipped_given, "latent of given frames"))
+        if embedding is not None:
+            parts[TEXT_PART] = _npy(_rounded(key, embedding, "fp16", "embedding"))
         if label >= 0:
             parts["cls"] = str(label).encode()
         if text is not None:
@@ -111,18 +130,23 @@ class LatentShard:
             last_class=self._last_class,
         )
 
-    def _stored(self, key: str, z_clean: np.ndarray) -> np.ndarray:
+    def _stored(self, key: str, z: np.ndarray, what: str) -> np.ndarray:
         """Return a latent in the shard's dtype."""
-        self._shape = self._shape or z_clean.shape
-        if z_clean.ndim not in (3, 4) or z_clean.shape != self._shape:
-            raise ValueError(f"the latent of {key!r} has shape {z_clean.shape}; the first had {self._shape}")
-        if z_clean.dtype.kind != "f" or not np.isfinite(z_clean).all():
-            raise ValueError(f"the latent of {key!r} is not all finite floats")
-        with np.errstate(over="ignore"):
-            stored = z_clean.astype(DTYPES[self._dtype], copy=False)
-        if not np.isfinite(stored).all():
-            raise ValueError(f"the latent of {key!r} is too large for {self._dtype}; expected fp32")
-        return stored
+        shape = self._shapes.setdefault(what, z.shape)
+        if z.ndim not in (3, 4) or z.shape != shape:
+            raise ValueError(f"the {what} of {key!r} has shape {z.shape}; the first had {shape}")
+        return _rounded(key, z, self._dtype, what)
+
+
+def _rounded(key: str, array: np.ndarray, dtype: str, what: str) -> np.ndarray:
+    if array.dtype.kind != "f" or not np.isfinite(array).all():
+        raise ValueError(f"the {what} of {key!r} is not all finite floats")
+    with np.errstate(over="ignore"):
+        stored = array.astype(DTYPES[dtype], copy=False)
+    if not np.isfinite(stored).all():
+        remedy = "; expected fp32" if what != "embedding" else ""
+        raise ValueError(f"the {what} of {key!r} is too large for {dtype}{remedy}")
+    return stored
 
 
 def _npy(array: np.ndarray) -> bytes:

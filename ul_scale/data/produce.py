@@ -6,11 +6,12 @@ process of its own (``worker.py``), which is light: torch is imported only where
 
 import threading
 from collections import deque
-from collections.abc import Generator, Iterable
+from collections.abc import Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice, pairwise
 from types import TracebackType
+from typing import TypeVar
 
 import numpy as np
 
@@ -23,6 +24,7 @@ from ul_scale.data.sample import BadSample, Draw, Example, Sample
 from ul_scale.data.storage import ReadPolicy
 from ul_scale.keyed import uniform
 
+T = TypeVar("T")
 NEIGHBOURS = 64
 """So many samples after a bad one are tried in its place; if none can be used, it is no accident."""
 
@@ -38,6 +40,8 @@ class Rows:
         uniform: in [0, 1), float64, (n,).
         replaced: whether another sample took the place, (n,).
         text: captions, where they are asked for.
+        embedding: of the captions' tokens, floats (tokens, width) each, where they are asked for.
+        z_given: latents of given frames, floats (n, C, t, h, w), where the set has them.
         bad: of samples that cannot be used: name and reason.
     """
 
@@ -47,6 +51,8 @@ class Rows:
     uniform: np.ndarray
     replaced: np.ndarray
     text: list[str] | None
+    embedding: list[np.ndarray] | None
+    z_given: np.ndarray | None
     bad: list[tuple[str, str]]
 
 
@@ -148,11 +154,13 @@ class _Producer:
                 rows.append((one, self._neighbour(one, outcome), True))
         return Rows(
             names=[one.sample.name for one, _, _ in rows],
-            array=_stack(rows),
+            array=_stack(rows, [example.array for _, example, _ in rows]),
             label=np.array([example.label for _, example, _ in rows], np.int64),
             uniform=np.array([self._uniform(one) for one, _, _ in rows], np.float64),
             replaced=np.array([replaced for _, _, replaced in rows], bool),
-            text=[example.text or "" for _, example, _ in rows] if _has_text(rows) else None,
+            text=_all([example.text for _, example, _ in rows]),
+            embedding=_all([example.embedding for _, example, _ in rows]),
+            z_given=_stack(rows, given) if (given := _all([e.z_given for _, e, _ in rows])) else None,
             bad=bad,
         )
 
@@ -181,8 +189,7 @@ class _Producer:
         raise BadSample(f"{error}; nor can any of the {NEIGHBOURS} samples after it be used")
 
 
-def _stack(rows: list[tuple[Taken, Example, bool]]) -> np.ndarray:
-    arrays = [example.array for _, example, _ in rows]
+def _stack(rows: list[tuple[Taken, Example, bool]], arrays: list[np.ndarray]) -> np.ndarray:
     for (taken, _, _), array in zip(rows, arrays):
         if array.shape != arrays[0].shape:
             first = rows[0][0].sample.name
@@ -190,5 +197,7 @@ def _stack(rows: list[tuple[Taken, Example, bool]]) -> np.ndarray:
     return np.stack(arrays) if arrays else np.empty(0, np.uint8)
 
 
-def _has_text(rows: Iterable[tuple[Taken, Example, bool]]) -> bool:
-    return any(example.text is not None for _, example, _ in rows)
+def _all(values: list[T | None]) -> list[T] | None:
+    """Return values that all rows have, None if they have none: a set decides it, not a sample."""
+    present = [value for value in values if value is not None]
+    return present if present and len(present) == len(values) else None

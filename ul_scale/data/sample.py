@@ -35,11 +35,16 @@ class Example:
         array: an image, uint8 (H, W, C); a clip, uint8 (T, H, W, C); or a latent, floats.
         label: its class, -1 if it has none.
         text: its caption, if captions are asked for.
+        embedding: of its caption's tokens, floats (n, width), if embeddings are asked for.
+        z_given: the latent of a clip's given frames, which were encoded alone, floats (C, t, h, w), if the
+            set has it.
     """
 
     array: np.ndarray
     label: int
     text: str | None = None
+    embedding: np.ndarray | None = None
+    z_given: np.ndarray | None = None
 
 
 Decode = Callable[[Sample, Draw | None], Example]

@@ -33,6 +33,10 @@ class Batch(TypedDict):
     replaced: 1 where another sample took the place of one that cannot be used, else 0, float32, (B,).
     keys: names of the samples as planned, `dataset/shard/key`.
     text: captions, where they are asked for.
+    text_embedding: of the captions' tokens, where they are asked for, float32, (B, n, width); n is that of
+        the longest, and zeros follow the shorter ones.
+    text_mask: True where there is a token, (B, n).
+    z_given: latents of given frames, encoded alone, where the set has them, float32, (B, C, t, h, w).
     """
 
     x: NotRequired[torch.Tensor]
@@ -43,6 +47,9 @@ class Batch(TypedDict):
     replaced: torch.Tensor
     keys: list[str]
     text: NotRequired[list[str]]
+    text_embedding: NotRequired[torch.Tensor]
+    text_mask: NotRequired[torch.Tensor]
+    z_given: NotRequired[torch.Tensor]
 
 
 def make_plan(index: Index, config: DataConfig, *, seed: int, batch_size: int) -> LanePlan:
@@ -265,14 +272,40 @@ def _collate(parts: list[Rows], order: np.ndarray, weight: np.ndarray) -> Batch:
     if parts[0].text is not None:
         text = [line for part in parts for line in part.text or ()]
         batch["text"] = [text[row] for row in order]
-    shapes = {part.array.shape[1:] for part in parts}
-    if len(shapes) > 1:
-        raise ValueError(f"{names[0]} and others differ in shape: {', '.join(map(str, sorted(shapes)))}")
-    if parts[0].array.dtype == np.uint8:
-        batch["x"] = joined([to_unit_range(part.array) for part in parts])
+    if parts[0].embedding is not None:
+        tokens = [array for part in parts for array in part.embedding or ()]
+        padded, mask = _pad([tokens[row] for row in order], names[0])
+        batch["text_embedding"], batch["text_mask"] = torch.from_numpy(padded), torch.from_numpy(mask)
+    if parts[0].z_given is not None:
+        given = [part.z_given for part in parts if part.z_given is not None]
+        batch["z_given"] = joined(_alike([array.astype(np.float32, copy=False) for array in given], names[0]))
+    arrays = _alike([part.array for part in parts], names[0])
+    if arrays[0].dtype == np.uint8:
+        batch["x"] = joined([to_unit_range(array) for array in arrays])
     else:
-        batch["z_clean"] = joined([part.array.astype(np.float32, copy=False) for part in parts])
+        batch["z_clean"] = joined([array.astype(np.float32, copy=False) for array in arrays])
     return batch
+
+
+def _alike(arrays: list[np.ndarray], name: str) -> list[np.ndarray]:
+    """Return workers' arrays, if their rows have one shape."""
+    shapes = {array.shape[1:] for array in arrays}
+    if len(shapes) > 1:
+        raise ValueError(f"{name} and others differ in shape: {', '.join(map(str, sorted(shapes)))}")
+    return arrays
+
+
+def _pad(tokens: list[np.ndarray], name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return embeddings (n, width) as one array (B, longest n, width), float32, and where tokens are."""
+    widths = {array.shape[1] for array in tokens}
+    if len(widths) > 1:
+        raise ValueError(f"{name} and others have embeddings of widths {', '.join(map(str, sorted(widths)))}")
+    counts = np.array([len(array) for array in tokens])
+    mask = np.arange(max(counts.max(), 1)) < counts[:, None]
+    padded = np.zeros((*mask.shape, *widths), np.float32)
+    for row, array in zip(padded, tokens):
+        row[: len(array)] = array
+    return padded, mask
 
 
 def to_unit_range(pixels: np.ndarray) -> np.ndarray:

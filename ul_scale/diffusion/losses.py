@@ -7,6 +7,7 @@ e^λ ‖x − x̂‖² = ‖ε − ε̂‖² = sigmoid(λ) ‖v − v̂‖².
 import math
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
@@ -35,13 +36,32 @@ def prior_elbo(
     return -0.5 * schedule.log_snr_slope(t) * eps_error(v, v_hat, schedule.log_snr(t))
 
 
-def kl_at_t1(z_clean: Float[Tensor, "b ..."], log_snr_min: float) -> Float[Tensor, " b"]:
-    """Return KL(q(z_1 | x) ‖ N(0, I)) = Σ ½ (α_1² z_clean² + σ_1² − 1 − ln σ_1²), nats."""
-    alpha2 = 1 / (1 + math.exp(-log_snr_min))
+def kl_to_normal(z_clean: Float[Tensor, "b ..."], log_snr: float) -> Float[Tensor, " b"]:
+    """Return KL(q(z_t | x) ‖ N(0, I)) = Σ ½ (α² z_clean² + σ² − 1 − ln σ²) at a noise level, nats.
+
+    At t = 1 it is a term of the prior's bound; at t = 0 all of the rate under a normal prior.
+    """
+    alpha2 = 1 / (1 + math.exp(-log_snr))
     # σ² − 1 − ln σ² with σ² = 1 − α²; log1p keeps the digits that 1 − α² would lose.
     constant = -alpha2 - math.log1p(-alpha2)
     dims = z_clean[0].numel()
     return 0.5 * (alpha2 * sum_of_squares(z_clean) + constant * dims)
+
+
+def variance_gain(log_variance: Float[Tensor, "b ..."], log_snr_max: float) -> Float[Tensor, " b"]:
+    """Return Σ ½ ln(σ_z² e^{λ_z(0)} + 1), nats: what a latent of variance σ_z² saves (UL, ablation D)."""
+    return 0.5 * F.softplus(log_variance.float() + log_snr_max).flatten(1).sum(1)
+
+
+def mse_loss(
+    x: Float[Tensor, "b ..."],
+    x_hat: Float[Tensor, "b ..."],
+    *,
+    loss_factor: float | Tensor,
+    loss_bias: float,
+) -> Float[Tensor, " b"]:
+    """Return c_lf ½ e^b ‖x − x̂‖², nats: a Gaussian likelihood of variance e^−b."""
+    return loss_factor * (0.5 * math.exp(loss_bias)) * sum_of_squares(x - x_hat)
 
 
 def decoder_loss(

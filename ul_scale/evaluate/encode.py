@@ -25,18 +25,20 @@ from typing import Any, TypeVar
 import torch
 
 from ul_scale.checkpoint import files
-from ul_scale.config import AutoencoderRun
+from ul_scale.config import AnyAutoencoder
 from ul_scale.data.config import DataConfig
 from ul_scale.data.index import Index, open_index
 from ul_scale.data.indexing import build_index
 from ul_scale.data.latents import DTYPES, LatentShard, Summary, is_complete, shard_name, statistics
 from ul_scale.data.progress import progress_bar
 from ul_scale.data.stream import iterate
+from ul_scale.evaluate.encoders import Encoders
 from ul_scale.evaluate.restore import newest_step, restore_autoencoder
+from ul_scale.models.text import PRECISIONS, TextConfig, load_text_encoder, read_text_config
 from ul_scale.parallel.engine import Process
 from ul_scale.parallel.mesh import broadcast_object, distributed, gather_objects
-from ul_scale.stages.autoencoder import AutoencoderStage
-from ul_scale.train.prepare import build_stage, latents_dir, read_config
+from ul_scale.train.conditions import text_facts
+from ul_scale.train.prepare import build_autoencoder, latent_facts, latents_dir, read_autoencoder
 
 SPLITS = ("train", "val")
 RECORDS = "_encoding"
@@ -69,6 +71,15 @@ class EncodeConfig:
     """Also store the latents of the mirror images, from which ``data.horizontal_flip`` then chooses."""
     captions: bool | None = None
     """Keep captions; by default, if the source has them. A sample without one is then left out."""
+    text_encoder: str | None = None
+    """Also store the embeddings of captions, in fp16, by this transformers model: a folder, or a hub name."""
+    max_tokens: int = 77
+    """Of a caption; longer ones are cut."""
+    text_precision: str = "fp32"
+    """Of the text encoder's weights and activations, fp32 or bf16."""
+    given_frames: int | None = None
+    """Also store the latents of each clip's first so many frames, encoded alone, for base models that are
+    conditioned on them: a clip's own latent frames also know of later ones."""
     batch_size: int = 100
     """Images that are encoded at a time, which may decide last bits."""
     samples_per_shard: int = 1000
@@ -81,8 +92,14 @@ class EncodeConfig:
             raise ValueError(
                 f"dtype is {self.dtype}; expected one of {', '.join(DTYPES)} (.npy files hold no bf16)"
             )
-        for name in ("batch_size", "samples_per_shard"):
-            if getattr(self, name) < 1:
+        if self.text_precision not in PRECISIONS:
+            raise ValueError(
+                f"text_precision is {self.text_precision}; expected one of {', '.join(PRECISIONS)}"
+            )
+        if self.text_encoder is not None and self.captions is False:
+            raise ValueError("text_encoder is set and captions are left out; expected captions with it")
+        for name in ("batch_size", "samples_per_shard", "max_tokens", "given_frames"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected 1 or more")
         if self.max_bad_fraction is not None and not 0 <= self.max_bad_fraction <= 1:
             raise ValueError(f"max_bad_fraction is {self.max_bad_fraction}; expected 0 to 1")
@@ -96,6 +113,8 @@ def encode(
 ) -> list[Path]:
     """Encode a run's own data with the first EMA of its encoder, or finish what a former call began.
 
+    Of videos, the centre clips.
+
     Called by every rank that torchrun started, or by one process. Weights and activations are fp32, with
     PyTorch's default TF32 for convolutions on GPUs. Samples that cannot be decoded are left out, logged, and
     named in the records.
@@ -108,10 +127,11 @@ def encode(
 
     Returns:
         the folders of latent shards on rank 0, [] on the others. Their index also says the latents' shape,
-        their std over all entries, the pixels that one stands for, and the noise level that the decoder
-        expects.
+        their std over all entries, the pixels that one stands for, the noise level that the decoder
+        expects, and what there is beside them: ``text`` and ``given_frames``.
 
     Raises:
+        ImportError: if captions are to be embedded, and transformers is missing.
         ValueError: if the run or its data do not fit, if the folder holds latents that were made otherwise,
             if too many samples are bad, or if the autoencoder has collapsed.
     """
@@ -119,17 +139,23 @@ def encode(
     run_dir = run_dir.resolve() if files.is_local(run_dir) else run_dir
     reproducible = torch.backends.cudnn.flags(enabled=True, deterministic=True)
     with distributed(WAIT_S) as process, reproducible:
-        run, stage = read_config(run_dir), None
-        if not isinstance(run, AutoencoderRun):
-            raise ValueError(f"{run_dir}: is a base model's run; expected an autoencoder's")
+        run = read_autoencoder(run_dir)
+        encoders: Encoders | None = None
+        text = _on_rank_0(process, partial(_text, config))
         step = _on_rank_0(process, lambda: newest_step(run_dir) if step is None else step)
         chosen = [split for split in SPLITS if getattr(run.data, split)] if splits is None else splits
-        jobs = [_job(run_dir, step, run.data, split, config) for split in chosen]
+        jobs = [_job(run_dir, step, run.data, split, config, text) for split in chosen]
         for job in jobs:
             left = _on_rank_0(process, partial(_begin, job))
             if left.shards:
-                stage = stage or restore_autoencoder(run_dir, step)[1]
-                _encode_share(job, stage, left, process)
+                encoders = encoders or Encoders(
+                    restore_autoencoder(run_dir, step)[1],
+                    load_text_encoder(text, process.device),
+                    config.given_frames,
+                    config.flipped,
+                    process.device,
+                )
+                _encode_share(job, encoders, left, process)
             gather_objects(None, process)  # all shards are there
             _on_rank_0(process, partial(_finish, job, run, left))
         return [job.folder for job in jobs] if process.rank == 0 else []
@@ -146,6 +172,7 @@ class Job:
         folder: of the latents.
         config: how latents are made and stored.
         settings: all that decides what the shards hold, as it is written down beside them.
+        further: those of them that say what there is beside latents and captions.
         max_left_out: so many samples may be left out.
     """
 
@@ -155,6 +182,7 @@ class Job:
     folder: Path
     config: EncodeConfig
     settings: dict[str, Any]
+    further: dict[str, Any]
     max_left_out: int
 
     @property
@@ -176,16 +204,33 @@ class Job:
             )
 
 
-def _job(run_dir: Path, step: int, data: DataConfig, split: str, config: EncodeConfig) -> Job:
+def _text(config: EncodeConfig) -> TextConfig | None:
+    if config.text_encoder is None:
+        return None
+    return read_text_config(
+        config.text_encoder, max_tokens=config.max_tokens, precision=config.text_precision
+    )
+
+
+def _job(
+    run_dir: Path, step: int, data: DataConfig, split: str, config: EncodeConfig, text: TextConfig | None
+) -> Job:
     if split not in SPLITS:
         raise ValueError(f"split is {split}; expected one of {', '.join(SPLITS)}")
     url = getattr(data, split)
     if url is None:
         raise ValueError(f"{run_dir}: data.{split} is not set, so there is nothing to encode")
     index = open_index(url)
-    captions = config.captions
+    captions, further = config.captions, dict[str, Any]()
     if captions is None:
-        captions = data.captions or "txt" in index.parts
+        captions = data.captions or text is not None or "txt" in index.parts
+    if text is not None:
+        further["text"] = text_facts(text)
+    if config.given_frames is not None:
+        if config.given_frames >= (data.clip_frames or 1):
+            what = f"clips of {data.frames} frames" if data.clip_frames else "images"
+            raise ValueError(f"given_frames is {config.given_frames}, but {run_dir} encodes {what}")
+        further["given_frames"] = config.given_frames
     limit = data.max_bad_fraction if config.max_bad_fraction is None else config.max_bad_fraction
     return Job(
         split=split,
@@ -206,7 +251,9 @@ def _job(run_dir: Path, step: int, data: DataConfig, split: str, config: EncodeC
             "captions": captions,
             "samples_per_shard": config.samples_per_shard,
             "batch_size": config.batch_size,
+            **further,
         },
+        further=further,
         max_left_out=int(limit * len(index)),
     )
 
@@ -258,10 +305,11 @@ def _begin(job: Job) -> Left:
         files.make_dirs(path.parent)
         files.create_exclusive(path, files.encode(job.settings))
     found = files.decode(files.read(path))
-    for key, value in job.settings.items():
-        if found.get(key) != value:
+    for key in {**job.settings, **found}:
+        was, value = found.get(key), job.settings.get(key)
+        if was != value:
             raise ValueError(
-                f"{job.folder}: holds latents with {key} {found.get(key)}, and {value} is asked for; "
+                f"{job.folder}: holds latents with {key} {was}, and {value} is asked for; "
                 "delete that folder to encode anew"
             )
     records = _read_records(job)
@@ -285,7 +333,7 @@ def _read_records(job: Job) -> dict[int, tuple[Summary, dict[str, str]]]:
     return records
 
 
-def _encode_share(job: Job, stage: AutoencoderStage, left: Left, process: Process) -> None:
+def _encode_share(job: Job, encoders: Encoders, left: Left, process: Process) -> None:
     """Encode this rank's part of the shards that are left."""
     numbers = left.shards[process.rank :: process.world_size]
     spans = [job.span(number) for number in numbers]
@@ -311,7 +359,10 @@ def _encode_share(job: Job, stage: AutoencoderStage, left: Left, process: Proces
             if given_up.is_set():
                 return
             with turn:
-                _append(shard, job, stage, batch)
+                encoded = encoders.encode(batch)
+            for name, parts in zip(batch["keys"], encoded):
+                # Its image's shard and key: unique in the set, and says where a latent came from.
+                shard.write(name.removeprefix(f"{job.index.dataset}/"), **parts)
             advance(len(batch["keys"]))
         if left_out:
             job.check_left_out(left.left_out + len(left_out), left_out[-1])
@@ -322,8 +373,9 @@ def _encode_share(job: Job, stage: AutoencoderStage, left: Left, process: Proces
 
     title = job.split if process.world_size == 1 else f"{job.split}, rank 0 of {process.world_size}"
     count = sum(stop - start for start, stop in spans)
+    unit = "clips" if job.data.clip_frames else "images"
     with (
-        progress_bar(f"Encoding {title}", count, "images", shown=process.rank == 0 and count > 0) as advance,
+        progress_bar(f"Encoding {title}", count, unit, shown=process.rank == 0 and count > 0) as advance,
         ThreadPoolExecutor(at_once, "ul-scale-encode", torch.set_num_threads, (1,)) as pool,
     ):
         try:
@@ -334,22 +386,7 @@ def _encode_share(job: Job, stage: AutoencoderStage, left: Left, process: Proces
             raise
 
 
-@torch.no_grad()
-def _append(shard: LatentShard, job: Job, stage: AutoencoderStage, batch: Any) -> None:
-    """Encode a batch into a shard."""
-    x = batch["x"].to(next(stage.parameters()).device)
-    z_clean = stage.encode(x).cpu().numpy()
-    flipped = stage.encode(x.flip(-1)).cpu().numpy() if job.config.flipped else [None] * len(x)
-    text = batch.get("text") or [None] * len(x)
-    for name, z, mirrored, label, caption in zip(
-        batch["keys"], z_clean, flipped, batch["label"].tolist(), text
-    ):
-        # Its image's shard and key: unique in the set, and says where a latent came from.
-        key = name.removeprefix(f"{job.index.dataset}/")
-        shard.write(key, z, flipped=mirrored, label=label, text=caption)
-
-
-def _finish(job: Job, config: AutoencoderRun, left: Left) -> None:
+def _finish(job: Job, config: AnyAutoencoder, left: Left) -> None:
     """Write the index of a set whose shards are all there."""
     if left.complete:
         return
@@ -366,16 +403,14 @@ def _finish(job: Job, config: AutoencoderRun, left: Left) -> None:
     except ValueError as error:
         raise ValueError(f"{job.folder}: {error}") from None
     with torch.device("meta"):
-        stage = build_stage(config)
-    assert isinstance(stage, AutoencoderStage)
+        stage = build_autoencoder(config)
     extra = {
         "autoencoder": {"run": job.settings["run"], "step": job.settings["step"]},
         "source": job.index.identity,
-        "shape": list(stage.latent_shape),
-        "num_pixels": stage.num_pixels,
-        "log_snr_max": stage.loss.log_snr_max,
+        **latent_facts(stage),
         "left_out": len(left_out),
         **moments,
+        **job.further,
     }
     with _alone(job.folder / RECORDS):
         build_index(str(job.folder), dataset=job.index.dataset, classes=job.index.classes, extra=extra)

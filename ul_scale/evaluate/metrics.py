@@ -4,9 +4,10 @@ Measured in another way, a step has a ``metrics-<id>.json`` more; ``metrics.json
 """
 
 import json
+import math
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,22 @@ from torch import Tensor, nn
 
 from ul_scale import keyed
 from ul_scale.checkpoint.files import write_atomic
-from ul_scale.config import AutoencoderRun, hash10
+from ul_scale.config import AnyAutoencoder, BaseRun, hash10, identity
 from ul_scale.data.index import Index, open_index
 from ul_scale.data.stream import iterate
 from ul_scale.diffusion import losses
+from ul_scale.diffusion.samplers import SAMPLERS
 from ul_scale.evaluate import images
 from ul_scale.evaluate.features import extract_features, load_network
 from ul_scale.evaluate.frechet import cached_features, frechet_distance, reference_path
 from ul_scale.evaluate.restore import restore_autoencoder, restore_base
+from ul_scale.models.text import load_text_encoder
 from ul_scale.stages.autoencoder import AutoencoderStage
+from ul_scale.stages.base import BaseStage, Sampling
+from ul_scale.stages.conditions import UNTOLD, Conditions
+from ul_scale.stages.fixed import FixedAutoencoder
+from ul_scale.train.conditions import reading_text, with_conditions
+from ul_scale.train.loop import to_device
 from ul_scale.train.prepare import latents_dir, read_config
 
 
@@ -43,8 +51,25 @@ class EvaluationConfig:
     """Feature network of the Fréchet distances, which carry its name."""
     batch_size: int = 100
     seed: int = 0
+    base_sampler: str = field(default="ancestral", metadata={"legacy": "ancestral"})
+    """ancestral, ddim or dpmpp_2m, of ``base_steps``."""
+    decoder_sampler: str = field(default="ancestral", metadata={"legacy": "ancestral"})
+    """Likewise of the decoder."""
+    guidance: float = field(default=1.0, metadata={"legacy": 1.0})
+    """Scale of the base model's classifier-free guidance; 1: none."""
+    guidance_interval: list[float] | None = field(default=None, metadata={"legacy": None})
+    """log-SNR from and to which there is guidance, nats, such as [-5, 1]; null: everywhere."""
 
     def __post_init__(self) -> None:
+        for name in ("base_sampler", "decoder_sampler"):
+            if getattr(self, name) not in SAMPLERS:
+                raise ValueError(
+                    f"evaluation.{name} is {getattr(self, name)!r}; expected one of {', '.join(SAMPLERS)}"
+                )
+        if self.guidance_interval is not None and len(self.guidance_interval) != 2:
+            raise ValueError(
+                f"evaluation.guidance_interval is {list(self.guidance_interval)}; expected two log-SNRs"
+            )
         for name in ("samples", "base_steps", "decoder_steps", "times_per_image", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"evaluation.{name} is {getattr(self, name)}; expected 1 or more")
@@ -55,7 +80,7 @@ def evaluation_dir(run_dir: Path, step: int) -> Path:
 
 
 def evaluation_id(config: EvaluationConfig) -> str:
-    return hash10(asdict(config))
+    return hash10(identity(config))
 
 
 def read_evaluation(run_dir: Path, step: int, config: EvaluationConfig) -> dict[str, Any] | None:
@@ -79,10 +104,8 @@ def evaluate(run_dir: Path, step: int, config: EvaluationConfig) -> dict[str, An
     out_dir = evaluation_dir(run_dir, step)
     out_dir.mkdir(parents=True, exist_ok=True)
     with torch.no_grad():
-        if isinstance(run, AutoencoderRun):
-            values = _evaluate_autoencoder(run_dir, step, config, out_dir)
-        else:
-            values = _evaluate_base(run_dir, step, config, out_dir)
+        evaluate_kind = _evaluate_base if isinstance(run, BaseRun) else _evaluate_autoencoder
+        values = evaluate_kind(run_dir, step, config, out_dir)
     values |= {
         "step": step,
         "n": config.samples,
@@ -106,69 +129,132 @@ def _evaluate_autoencoder(
     reconstructed, psnr, bits = [], 0.0, []
     for start, batch in batches(index, run, config):
         x = batch["x"].to(device)
-        bits.append(held_out_bits(stage, x, start, config))
+        if isinstance(stage, AutoencoderStage):
+            bits.append(held_out_bits(stage, x, start, config))
         generators = sample_generators("reconstruct", start, len(x), config, device)
         eps = torch.stack([torch.randn(stage.latent_shape, generator=g, device=device) for g in generators])
         z_0 = stage.add_encoder_noise(stage.encode(x), eps)
-        x_hat = stage.decode(z_0, num_steps=config.decoder_steps, generators=generators).clamp(-1, 1)
+        x_hat = stage.decode(
+            z_0, num_steps=config.decoder_steps, generators=generators, sampler=config.decoder_sampler
+        ).clamp(-1, 1)
         psnr += images.psnr(x, x_hat) * len(x) / config.samples
-        reconstructed.append(extract_features(network, x_hat))
+        reconstructed.append(extract_features(network, frames_of(x_hat)))
         if start == 0:
-            images.save_pairs(x[:16].cpu(), x_hat[:16].cpu(), out_dir / "reconstructions.png")
-    per_image = torch.cat(bits)
+            shown = 16 if x.ndim == 4 else 4
+            images.save_pairs(x[:shown].cpu(), x_hat[:shown].cpu(), out_dir / "reconstructions.png")
     reference = reference_features(run_dir.parent, index, run, config, network)
-    return {
-        "bits_per_pixel": per_image.mean().item(),
-        "bits_per_pixel_ci95": 1.96 * per_image.std().item() / len(per_image) ** 0.5,
+    values = {}
+    if bits:  # an autoencoder that is not trained here has no prior
+        per_image = torch.cat(bits)
+        values["bits_per_pixel"] = per_image.mean().item()
+        values["bits_per_pixel_ci95"] = 1.96 * per_image.std().item() / len(per_image) ** 0.5
+    return values | {
         "psnr": psnr,
-        f"r{config.features}": frechet_distance(torch.cat(reconstructed), reference),
+        f"r{metric_name(config, stage)}": frechet_distance(torch.cat(reconstructed), reference),
     }
 
 
 def _evaluate_base(run_dir: Path, step: int, config: EvaluationConfig, out_dir: Path) -> dict[str, Any]:
     run, base = restore_base(run_dir, step)
-    parent_ref = run.autoencoder
-    parent, autoencoder = restore_autoencoder(run_dir.parent / parent_ref.run, parent_ref.step)
+    parent, autoencoder = restore_autoencoder(run_dir.parent / run.autoencoder.run, run.autoencoder.step)
     index = held_out(parent, config.samples)
     device = base.z_std.device
     network = load_network(config.features, device)
-    generated = []
-    for start in range(0, config.samples, config.batch_size):
-        count = min(config.batch_size, config.samples - start)
+    low, high = config.guidance_interval or (-math.inf, math.inf)
+    sampling = Sampling(
+        sampler=config.base_sampler,
+        num_steps=config.base_steps,
+        guidance=config.guidance,
+        guidance_interval=(low, high),
+    )
+    generated, bits = [], []
+    for start, batch in latent_batches(run, base, parent, autoencoder, index, config, run_dir.parent):
+        conditions, count = Conditions.of(batch), len(batch["z_clean"])
+        bits.append(held_out_bits(base, batch["z_clean"], start, config, conditions))
         generators = sample_generators("generate", start, count, config, device)
-        label = None
-        if base.num_classes is not None:
-            label = torch.arange(start, start + count, device=device) % base.num_classes
-        z_0 = base.sample(label, num_steps=config.base_steps, generators=generators)
-        x = autoencoder.decode(z_0, num_steps=config.decoder_steps, generators=generators).clamp(-1, 1)
-        generated.append(extract_features(network, x))
+        z_0 = base.sample(_asked(base, conditions, start), sampling, generators)
+        x = autoencoder.decode(
+            z_0, num_steps=config.decoder_steps, generators=generators, sampler=config.decoder_sampler
+        ).clamp(-1, 1)
+        generated.append(extract_features(network, frames_of(x)))
         if start == 0:
-            images.save_grid(x[:40].cpu(), out_dir / "samples.png", columns=10)
+            _save_samples(x.cpu(), batch.get("text"), base.given_frames, out_dir)
     reference = reference_features(run_dir.parent, index, parent, config, network)
-    latents: Iterator[tuple[int, Any]]
-    if parent_ref.on_the_fly:
-        latents = (
-            (start, batch | {"z_clean": autoencoder.encode(batch["x"].to(device))})
-            for start, batch in batches(index, parent, config)
-        )
-    else:
-        encoded = open_index(str(latents_dir(run_dir.parent, parent_ref.run, parent_ref.step, "val")))
-        if encoded.extra["source"] != index.identity:
-            raise ValueError(
-                f"{encoded.url}: was encoded from {encoded.extra['source']}, data.val is {index.identity}"
-            )
-        latents = batches(encoded, run, config)
-    bits = [
-        held_out_bits(base, batch["z_clean"].to(device), start, config, batch["label"].to(device))
-        for start, batch in latents
-    ]
     return {
-        config.features: frechet_distance(torch.cat(generated), reference),
+        metric_name(config, autoencoder): frechet_distance(torch.cat(generated), reference),
         "base_bits_per_pixel": torch.cat(bits).mean().item(),
     }
 
 
-def held_out(run: AutoencoderRun, samples: int) -> Index:
+def latent_batches(
+    run: BaseRun,
+    base: BaseStage,
+    parent: AnyAutoencoder,
+    autoencoder: AutoencoderStage | FixedAutoencoder,
+    index: Index,
+    config: EvaluationConfig,
+    root: Path,
+    split: str = "val",
+) -> Iterator[tuple[int, Any]]:
+    """Yield (number of the first sample, batch with z_clean and all conditions, on the device).
+
+    Args:
+        run: of the base model.
+        base: its stage.
+        parent: its autoencoder's run.
+        autoencoder: its autoencoder.
+        index: of the parent's images.
+        config: how many samples, and how many at a time.
+        root: of both runs.
+        split: ``val`` or ``train``, whose index it is.
+
+    Raises:
+        ValueError: if the latents are not of these images.
+    """
+    device, ref, start = base.z_std.device, run.autoencoder, 0
+    if ref.on_the_fly:
+        data, source = replace(parent.data, captions=run.data.captions), index
+    else:
+        data, source = run.data, open_index(str(latents_dir(root, ref.run, ref.step, split)))
+        if source.extra["source"] != index.identity:
+            raise ValueError(
+                f"{source.url}: was encoded from {source.extra['source']}, data.{split} is {index.identity}"
+            )
+    data = reading_text(data, run.model.text)
+    found = iterate(source, data, stop=config.samples, batch_size=config.batch_size)
+    for batch in with_conditions(found, load_text_encoder(run.model.text, device), device):
+        whole = {**batch, **to_device(batch, device)}
+        yield start, base.encode(whole, autoencoder.encoder) if ref.on_the_fly else whole
+        start += len(batch["keys"])
+
+
+def _asked(base: BaseStage, conditions: Conditions, start: int) -> Conditions:
+    """Return what is asked for: each class in turn, or what the held-out samples tell."""
+    if base.num_classes is None or base.text is not None or base.given_frames is not None:
+        return conditions
+    assert conditions.label is not None
+    numbers = torch.arange(start, start + len(conditions.label), device=conditions.label.device)
+    return Conditions(label=numbers % base.num_classes)
+
+
+def frames_of(x: Tensor) -> Tensor:
+    """Return images as they are, and every frame of videos (b, c, T, H, W) as an image."""
+    return x.transpose(1, 2).flatten(0, 1) if x.ndim == 5 else x
+
+
+def metric_name(config: EvaluationConfig, stage: AutoencoderStage | FixedAutoencoder) -> str:
+    """Return the name of the Fréchet distance; of videos it is that of their single frames."""
+    return f"frames_{config.features}" if len(stage.image_shape) == 4 else config.features
+
+
+def _save_samples(x: Tensor, texts: list[str] | None, given_frames: int | None, out_dir: Path) -> None:
+    if x.ndim == 5:
+        images.save_clips(x[:8], out_dir / "samples.png", given_frames=given_frames or 0)
+    else:
+        images.save_grid(x[:40], out_dir / "samples.png", columns=10, captions=(texts or ())[:40])
+
+
+def held_out(run: AnyAutoencoder, samples: int) -> Index:
     if run.data.val is None:
         raise ValueError("data.val is not set: evaluation needs held-out shards")
     index = open_index(run.data.val)
@@ -198,7 +284,7 @@ def sample_generators(
 
 
 def held_out_bits(
-    stage: Any, x: Tensor, start: int, config: EvaluationConfig, label: Tensor | None = None
+    stage: Any, x: Tensor, start: int, config: EvaluationConfig, conditions: Conditions = UNTOLD
 ) -> Tensor:
     """Return the bits per pixel of each image's latent, (b,): the mean over stratified noise levels.
 
@@ -207,8 +293,9 @@ def held_out_bits(
         x: (b, ...).
         start: number of the first one, which keys the noise.
         config: noise levels per image.
-        label: of a base model.
+        conditions: of a base model.
     """
+    told = () if isinstance(stage, AutoencoderStage) else (conditions,)
     z_clean = stage.encode(x) if isinstance(stage, AutoencoderStage) else x
     generators = sample_generators("bits", start, len(x), config, x.device)
     total = torch.zeros(len(x), device=x.device)
@@ -216,20 +303,24 @@ def held_out_bits(
     for stratum in range(config.times_per_image):
         t = (stratum + offset) / config.times_per_image
         eps = torch.stack([torch.randn(stage.latent_shape, generator=g, device=x.device) for g in generators])
-        total += stage.latent_nats(z_clean, t, eps, label) / config.times_per_image
+        total += stage.latent_nats(z_clean, t, eps, *told) / config.times_per_image
     return losses.bits_per_pixel(total, stage.num_pixels)
 
 
 def reference_features(
-    root: Path, index: Index, run: AutoencoderRun, config: EvaluationConfig, network: nn.Module
+    root: Path, index: Index, run: AnyAutoencoder, config: EvaluationConfig, network: nn.Module
 ) -> Tensor:
     """Return the features of the first n held-out images, computed once per root."""
     fingerprint = f"{index.fingerprint[:16]}-{run.data.image_size}x{run.data.channels}"
+    if run.data.clip_frames is not None:
+        fingerprint += "-clips-" + hash10(asdict(run.data))
     path = reference_path(
         root / "features", network=config.features, fingerprint=fingerprint, n=config.samples
     )
 
     def compute() -> Tensor:
-        return torch.cat([extract_features(network, batch["x"]) for _, batch in batches(index, run, config)])
+        return torch.cat(
+            [extract_features(network, frames_of(batch["x"])) for _, batch in batches(index, run, config)]
+        )
 
     return cached_features(path, compute)

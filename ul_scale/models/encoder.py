@@ -1,22 +1,33 @@
-"""The ResNet encoder: an image to the clean latent."""
+"""The ResNet encoder: an image or a video to the clean latent."""
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ul_scale.models.layers import Downsample, ResBlock, group_norm
+from ul_scale.models.layers import (
+    Downsample,
+    ResBlock,
+    check_time_strides,
+    conv,
+    group_norm,
+    space_to_depth,
+    strides_of,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderConfig:
-    """Shape of the encoder; the resolution halves between levels."""
+    """Shape of the encoder; height and width halve between levels."""
 
     patch: int
     channels: list[int]
     blocks: list[int]
     output_gain: float = 1.0
     """Factor on the initial output weights, so on the initial size of the latent."""
+    time_strides: list[int] = field(default_factory=list, metadata={"legacy": []})
+    """Of videos: what each step between levels divides the frames by, 1 or 2; none: always 1."""
 
     def __post_init__(self) -> None:
         if self.patch < 1 or min(self.channels, default=0) < 1:
@@ -27,31 +38,48 @@ class EncoderConfig:
             raise ValueError(
                 f"model.encoder: {len(self.channels)} channels but {len(self.blocks)} blocks; one per level"
             )
+        check_time_strides("model.encoder", self.time_strides, len(self.channels))
 
     @property
     def downsampling(self) -> int:
         return self.patch * 2 ** (len(self.channels) - 1)
 
+    @property
+    def time_downsampling(self) -> int:
+        return math.prod(self.time_strides)
+
 
 class Encoder(nn.Module):
-    """Map x (b, c, h, w) in [−1, 1] to z_clean (b, latent_channels, h / f, w / f). Deterministic."""
+    """Map x (b, c, h, w) in [−1, 1] to z_clean (b, latent_channels, h / f, w / f). Deterministic.
 
-    def __init__(self, config: EncoderConfig, in_channels: int, latent_channels: int):
+    Videos are (b, c, t, h, w), to (b, latent_channels, t / f_t, h / f, w / f): convolutions are 3 × 3 × 3 and
+    patches 1 × p × p. Every latent frame sees frames before and after its own.
+
+    Args:
+        config: shape.
+        in_channels: of x.
+        latent_channels: of z_clean.
+        video: whether x has time.
+    """
+
+    def __init__(self, config: EncoderConfig, in_channels: int, latent_channels: int, *, video: bool = False):
         super().__init__()
-        self.patch = config.patch
-        self.stem = nn.Conv2d(in_channels * config.patch**2, config.channels[0], 3, padding=1)
+        dims, channels = 3 if video else 2, config.channels
+        self.patch = (1,) * video + (config.patch, config.patch)
+        self.stem = conv(dims, in_channels * config.patch**2, channels[0], 3)
         blocks: list[nn.Module] = []
-        for level, (channels, num_blocks) in enumerate(zip(config.channels, config.blocks)):
+        strides = strides_of(config.time_strides, len(channels), video=video)
+        for level, num_blocks in enumerate(config.blocks):
             if level:
-                blocks.append(Downsample(config.channels[level - 1], channels))
-            blocks += [ResBlock(channels) for _ in range(num_blocks)]
+                blocks.append(Downsample(channels[level - 1], channels[level], strides[level - 1]))
+            blocks += [ResBlock(channels[level], dims=dims) for _ in range(num_blocks)]
         self.blocks = nn.ModuleList(blocks)
-        self.norm = group_norm(config.channels[-1])
-        self.head = nn.Conv2d(config.channels[-1], latent_channels, 3, padding=1)
+        self.norm = group_norm(channels[-1])
+        self.head = conv(dims, channels[-1], latent_channels, 3)
         self.head.weight.data.mul_(config.output_gain)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.stem(F.pixel_unshuffle(x, self.patch))
+        h = self.stem(space_to_depth(x, self.patch))
         for block in self.blocks:
             h = block(h)
         return self.head(F.silu(self.norm(h))).to(x.dtype)

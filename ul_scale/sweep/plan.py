@@ -1,6 +1,7 @@
 """From a sweep config to a DAG of content-addressed work: autoencoder → latents → base → evaluations."""
 
 import dataclasses
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,6 +17,7 @@ from ul_scale.data.stream import make_plan
 from ul_scale.evaluate.encode import is_encoded
 from ul_scale.evaluate.features import load_network
 from ul_scale.evaluate.metrics import EvaluationConfig, held_out, read_evaluation
+from ul_scale.models.text import text_identity
 from ul_scale.models.zoo import BASES
 from ul_scale.sweep.cost import Cost, autoencoder_cost, base_cost
 from ul_scale.train.prepare import prepare
@@ -171,7 +173,8 @@ def plan_sweep(sweep: SweepConfig, folder: Path) -> Plan:
                 )
                 base = _keeping(base, points)
                 make_plan(index, base.data, seed=seed, batch_size=base.train.batch_size)
-                base_id = configs.run_id(base, None)
+                text = base.model.text
+                base_id = configs.run_id(base, None, text_identity(text) if text is not None else None)
                 runs[base_id] = base
                 base_dir, cost = Path(sweep.root) / base_id, base_cost(base, autoencoder)
                 _check_points(base_dir, points, sweep.evaluation)
@@ -247,7 +250,7 @@ def _evaluate_node(
     base: Cost | None = None,
 ) -> Node:
     evaluation = sweep.evaluation
-    settings = [f"{key}={value}" for key, value in dataclasses.asdict(evaluation).items()]
+    settings = [f"{key}={json.dumps(value)}" for key, value in dataclasses.asdict(evaluation).items()]
     step_args = [argument for step in steps for argument in ("--step", str(step))]
     per_image = autoencoder.decode_flops * evaluation.decoder_steps
     per_image += base.forward_flops * evaluation.base_steps if base else 0

@@ -65,6 +65,8 @@ class Instruments:
     whereabouts: Whereabouts
     metrics: MetricsWriter | None
     """On rank 0."""
+    collapse: Callable[[int, Mapping[str, Tensor]], object]
+    """Told of a logged step and its mean loss terms; warns of a latent that loses its information."""
     counters: Callable[[], dict[str, float]]
     """What else is to be logged."""
     profile_step: Callable[[], object]
@@ -84,6 +86,7 @@ def train(
     start_step: int,
     save_if_due: Callable[[int], bool],
     watch: Instruments,
+    steer: Callable[[int, Mapping[str, Tensor]], object] | None = None,
 ) -> bool:
     """Train from ``start_step`` to the last step; return False if asked to stop before it.
 
@@ -104,6 +107,8 @@ def train(
         save_if_due: told after so many completed steps; saves the state if it is time, and returns whether
             all ranks are to stop here.
         watch: what watches.
+        steer: told of each step and this rank's share of its mean loss terms; sets what the stage does in
+            the next step.
 
     Raises:
         Diverged: after too many steps in a row whose loss or gradient is not finite.
@@ -127,6 +132,8 @@ def train(
             watch.bins if log_now else None,
         )
         watch.whereabouts.at(step, "optimizer step")
+        if steer is not None:
+            steer(step, sums)
         lr = learning_rate(optim, step, config.steps)
         grad_norm = engine.step(lr)
         ema.update(step, config.batch_size)
@@ -138,6 +145,7 @@ def train(
             sums["replaced_samples"] = watch.samples.counted(process.device)
             sums = reduce_sums(sums, process)
             log(completed, sums, {"grad_norm": float(grad_norm), "lr": lr}, watch)
+            watch.collapse(completed, sums)
             watch.samples.judge(float(sums["replaced_samples"]), (completed - start_step) * config.batch_size)
         watch.whereabouts.at(step, "saving")
         if save_if_due(completed) and completed < config.last_step:

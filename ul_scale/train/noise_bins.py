@@ -14,7 +14,7 @@ TimedLosses = Mapping[str, tuple[str, Schedule]]
 class NoiseBins:
     """Means of per-example losses over bins of equal width in t, least noise first.
 
-    t is uniform, so the bins are equally full; their names tell their range of log-SNR.
+    Their names tell their range of log-SNR. Where t is uniform, they are equally full.
 
     Args:
         timed_losses: of the stage.
@@ -38,7 +38,8 @@ class NoiseBins:
 
         Args:
             terms: per-example losses (b,) by name.
-            noise: the same examples' ``t/<purpose>`` (b,) in [0, 1).
+            noise: the same examples' ``t/<purpose>`` (b,) in [0, 1), and ``t_weight/<purpose>`` where the
+                losses are weighted by it.
             weight: (b,), 0 for surplus examples.
         """
         sums = {}
@@ -46,7 +47,8 @@ class NoiseBins:
             bins = (noise[f"t/{purpose}"] * self._num_bins).long().clamp(max=self._num_bins - 1)
             inside = bins == torch.arange(self._num_bins, device=bins.device)[:, None]
             # Selected rather than multiplied by 0: a loss that is not finite stays in its own bin.
-            values = torch.stack([weight * terms[loss].detach(), weight])
+            counted = weight * noise.get(f"t_weight/{purpose}", 1.0)
+            values = torch.stack([weight * terms[loss].detach(), counted])
             sums[f"noise_bins/{purpose}"] = torch.where(inside, values[:, None], 0.0).sum(-1)
         return sums
 

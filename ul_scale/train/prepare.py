@@ -11,15 +11,19 @@ from ul_scale import config as configs
 from ul_scale import keyed
 from ul_scale.checkpoint import store
 from ul_scale.checkpoint.files import decode, read, require_bucket, run_path
-from ul_scale.config import AutoencoderRun, BaseRun, RunConfig
+from ul_scale.config import AnyAutoencoder, AutoencoderRun, BaseRun, FixedRun, RunConfig
+from ul_scale.data.config import DataConfig
 from ul_scale.data.index import Index, open_index
 from ul_scale.data.latents import is_complete
 from ul_scale.data.plan import LanePlan, lane_slots
 from ul_scale.data.stream import LaneStream, make_plan
 from ul_scale.models.flops import num_parameters
+from ul_scale.models.text import text_identity
 from ul_scale.parallel.build import check_layout
 from ul_scale.stages.autoencoder import AutoencoderStage
 from ul_scale.stages.base import BaseStage
+from ul_scale.stages.fixed import FixedAutoencoder
+from ul_scale.train.conditions import check_embeddings, reading_text
 from ul_scale.train.metrics import last_row
 from ul_scale.train.preemption import fits_notice, notice_in_force
 
@@ -29,6 +33,8 @@ class Prepared:
     """A run whose config, data and batch arithmetic have been checked, before any device is taken."""
 
     config: RunConfig
+    data: DataConfig
+    """As the config has it, and with whatever ``model.text`` takes."""
     run_id: str
     run_dir: Path
     index: Index
@@ -57,17 +63,21 @@ def prepare(config: RunConfig, world_size: int = 1) -> Prepared:
     on_the_fly = isinstance(config, BaseRun) and config.autoencoder.on_the_fly
     index = open_index(training_url(config))
     _check_held_out(config, index)
-    latents = None
+    latents, text = None, None
     if isinstance(config, BaseRun):
         latents = facts_on_the_fly(config, index, run_path(config.root)) if on_the_fly else index.extra
+        text = config.model.text
+        check_embeddings(text, latents, index.url)
     images = on_the_fly or isinstance(config, AutoencoderRun)
-    run_id = configs.run_id(config, index.identity if images else None)
-    plan = make_plan(index, config.data, seed=config.seed, batch_size=config.train.batch_size)
+    encoder = text_identity(text) if text is not None else None
+    run_id = configs.run_id(config, index.identity if images else None, encoder)
+    data = reading_text(config.data, text)
+    plan = make_plan(index, data, seed=config.seed, batch_size=config.train.batch_size)
     # The last rank has the most lanes. Nothing is read yet.
-    LaneStream(index, plan, config.data, lane_slots(plan.lanes, world_size - 1, world_size))
+    LaneStream(index, plan, data, lane_slots(plan.lanes, world_size - 1, world_size))
     run_dir = run_path(config.root) / run_id
     require_bucket(run_dir)
-    prepared = Prepared(config, run_id, run_dir, index, plan, latents, world_size)
+    prepared = Prepared(config, data, run_id, run_dir, index, plan, latents, world_size)
     check_layout(config.parallel, world_size, prepared.samples_per_rank)
     return prepared
 
@@ -104,7 +114,7 @@ def _check_held_out(config: RunConfig, index: Index) -> None:
         raise ValueError(f"{config.data.val}: is the training set {index.url}; expected held-out samples")
 
 
-def read_config(run_dir: Path) -> RunConfig:
+def read_config(run_dir: Path) -> RunConfig | FixedRun:
     """Return the config of a run directory.
 
     Raises:
@@ -116,16 +126,24 @@ def read_config(run_dir: Path) -> RunConfig:
     return configs.loads(data.decode(), f"{run_dir}/config.yaml")
 
 
-def parent_of(config: BaseRun, root: Path) -> AutoencoderRun:
-    """Return the config of a base model's autoencoder, which lies under the same root.
+def read_autoencoder(run_dir: Path) -> AnyAutoencoder:
+    """Return the config of an autoencoder's run directory.
 
     Raises:
-        ValueError: if there is no such run under the same root, or it is no autoencoder's.
+        ValueError: if it is none, or a base model's.
     """
-    parent = read_config(root / config.autoencoder.run)
-    if not isinstance(parent, AutoencoderRun):
-        raise ValueError(f"autoencoder.run is {config.autoencoder.run}, which is a base model's run")
-    return parent
+    config = read_config(run_dir)
+    if isinstance(config, BaseRun):
+        raise ValueError(f"{run_dir}: is a base model's run; expected an autoencoder's")
+    return config
+
+
+def read_base(run_dir: Path) -> BaseRun:
+    """Return the config of a base model's run directory; as ``read_autoencoder``."""
+    config = read_config(run_dir)
+    if not isinstance(config, BaseRun):
+        raise ValueError(f"{run_dir}: is an autoencoder's run; expected a base model's")
+    return config
 
 
 def facts_on_the_fly(config: BaseRun, index: Index, root: Path) -> dict[str, Any]:
@@ -134,27 +152,33 @@ def facts_on_the_fly(config: BaseRun, index: Index, root: Path) -> dict[str, Any
     Raises:
         ValueError: if the images are not as the autoencoder expects them.
     """
-    parent = parent_of(config, root)
-    for name in ("image_size", "channels"):
+    ref = config.autoencoder
+    parent = read_autoencoder(root / ref.run)
+    for name in ("image_size", "channels", "clip_frames"):
         ours, theirs = getattr(config.data, name), getattr(parent.data, name)
         if ours != theirs:
-            raise ValueError(
-                f"data.{name} is {ours}, but the autoencoder {config.autoencoder.run} has {theirs}"
-            )
-    ref = config.autoencoder
-    steps = store.complete_steps(root / ref.run)
+            raise ValueError(f"data.{name} is {ours}, but the autoencoder {ref.run} has {theirs}")
+    steps = [0] if isinstance(parent, FixedRun) else store.complete_steps(root / ref.run)
     if ref.step not in steps:
         raise ValueError(
             f"autoencoder.step is {ref.step}; {ref.run} has complete checkpoints at {steps or 'no step'}"
         )
     with torch.device("meta"):
-        stage = build_stage(parent)
+        stage = build_autoencoder(parent)
     return {
-        "shape": stage.latent_shape,
-        "num_pixels": stage.num_pixels,
+        **latent_facts(stage),
         "std": 1.0,
         "num_classes": len(index.classes or ()),
-        "log_snr_max": parent.loss.log_snr_max,
+        "given_frames": config.model.given_frames,
+    }
+
+
+def latent_facts(stage: AutoencoderStage | FixedAutoencoder) -> dict[str, Any]:
+    """Return what a base model has to know of an autoencoder, as ``encode`` writes it beside latents."""
+    return {
+        "shape": list(stage.latent_shape),
+        "num_pixels": stage.num_pixels,
+        "log_snr_max": stage.loss.log_snr_max,
     }
 
 
@@ -212,33 +236,39 @@ def describe(prepared: Prepared) -> str:
     )
 
 
+def build_autoencoder(config: AnyAutoencoder) -> AutoencoderStage | FixedAutoencoder:
+    """Return an autoencoder's stage, with initial weights keyed by its seed, or its own if it is fixed."""
+    assert config.data.image_size is not None
+    size, channels, frames = config.data.image_size, config.data.channels, config.data.clip_frames
+    if isinstance(config, FixedRun):
+        if frames is not None:
+            raise ValueError(f"data.frames is {frames}; autoencoders that are not trained here take images")
+        return FixedAutoencoder(config.model, config.loss, image_size=size, channels=channels)
+    torch.manual_seed(keyed.seed_of(config.seed, "init") >> 1)
+    return AutoencoderStage(config.model, config.loss, image_size=size, channels=channels, frames=frames)
+
+
 def build_stage(
     config: RunConfig, latents: dict[str, Any] | None = None, encoder: nn.Module | None = None
 ) -> AutoencoderStage | BaseStage:
-    """Return the stage of a config, with initial weights keyed by its seed.
+    """Return the stage of a run that is trained, with initial weights keyed by its seed.
 
     Args:
         config: resolved.
         latents: of a base model: what is known of them, as ``Prepared.latents``.
         encoder: of a base model that is trained on images: the frozen encoder.
+
+    Raises:
+        ValueError: if the latents are not those that the model expects.
     """
-    torch.manual_seed(keyed.seed_of(config.seed, "init") >> 1)
     if isinstance(config, AutoencoderRun):
-        assert config.data.image_size is not None
-        return AutoencoderStage(
-            config.model, config.loss, image_size=config.data.image_size, channels=config.data.channels
-        )
+        stage = build_autoencoder(config)
+        assert isinstance(stage, AutoencoderStage)
+        return stage
     if latents is None or "log_snr_max" not in latents:
         raise ValueError("these shards do not say what latents they hold; expected those of ul-scale encode")
-    if (config.model.num_classes or latents["num_classes"]) < latents["num_classes"]:
-        raise ValueError(
-            f"model.num_classes is {config.model.num_classes}, but the latents have {latents['num_classes']}"
-        )
-    if latents["log_snr_max"] != config.loss.log_snr_max:
-        raise ValueError(
-            f"loss.log_snr_max is {config.loss.log_snr_max}, "
-            f"but the autoencoder's is {latents['log_snr_max']}"
-        )
+    _check_latents(config, latents)
+    torch.manual_seed(keyed.seed_of(config.seed, "init") >> 1)
     return BaseStage(
         config.model,
         config.loss,
@@ -247,3 +277,22 @@ def build_stage(
         z_std=latents["std"],
         encoder=encoder,
     )
+
+
+def _check_latents(config: BaseRun, latents: dict[str, Any]) -> None:
+    model = config.model
+    if (model.num_classes or latents["num_classes"]) < latents["num_classes"]:
+        raise ValueError(
+            f"model.num_classes is {model.num_classes}, but the latents have {latents['num_classes']}"
+        )
+    if latents["log_snr_max"] != config.loss.log_snr_max:
+        raise ValueError(
+            f"loss.log_snr_max is {config.loss.log_snr_max}, "
+            f"but the autoencoder's is {latents['log_snr_max']}"
+        )
+    given = latents.get("given_frames")
+    if model.given_frames is not None and given != model.given_frames:
+        raise ValueError(
+            f"model.given_frames is {model.given_frames}, but the latents were encoded with "
+            f"{given or 'none'}; expected those of ul-scale encode RUN --given-frames {model.given_frames}"
+        )

@@ -2,30 +2,36 @@
 
 import contextlib
 import dataclasses
+import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from ul_scale.checkpoint import state, store
 from ul_scale.checkpoint.attempts import Attempt, Fenced, RunBusy, start_attempt
 from ul_scale.checkpoint.average import load_average
 from ul_scale.checkpoint.saver import Saver
 from ul_scale.checkpoint.transfer import SaveFailed
-from ul_scale.config import BaseRun, RunConfig
+from ul_scale.config import AutoencoderRun, BaseRun, RunConfig
 from ul_scale.data.plan import lane_slots
 from ul_scale.data.stream import LaneStream, iterate
 from ul_scale.models.flops import training_flops
+from ul_scale.models.text import load_text_encoder
 from ul_scale.parallel.build import build_engine, check_process
 from ul_scale.parallel.engine import Engine, Process
 from ul_scale.parallel.mesh import PATIENCE_S, broadcast_object, cpu_group, distributed
 from ul_scale.stages.autoencoder import AutoencoderStage
 from ul_scale.stages.base import BaseStage
+from ul_scale.stages.bitrate_control import BitrateControl
+from ul_scale.stages.fixed import FixedAutoencoder
 from ul_scale.stages.noise import NoiseSpec, draw_noise
+from ul_scale.train.collapse import CollapseWatch, warn_of_loss_factor
+from ul_scale.train.conditions import with_conditions
 from ul_scale.train.ema import Ema
 from ul_scale.train.health import Diverged, SampleHealth, StepHealth, TooManyBadSamples
 from ul_scale.train.host import PLAIN_PROCESS, Host
@@ -35,10 +41,18 @@ from ul_scale.train.noise_bins import NoiseBins
 from ul_scale.train.notices import find_deadline
 from ul_scale.train.optim import build_optimizer
 from ul_scale.train.preemption import StopRequest, leaving_on_signals
-from ul_scale.train.prepare import Prepared, build_stage, check_resumable, parent_of, prepare
+from ul_scale.train.prepare import (
+    Prepared,
+    build_autoencoder,
+    build_stage,
+    check_resumable,
+    prepare,
+    read_autoencoder,
+)
 from ul_scale.train.profile import profiler
 from ul_scale.train.provenance import write_provenance
 from ul_scale.train.saves import Saves
+from ul_scale.train.target_bitrate import bitrate_steering, describe_settled
 from ul_scale.train.throughput import Throughput, describe_peak
 from ul_scale.train.whereabouts import Whereabouts
 
@@ -155,12 +169,26 @@ class Built:
     bins: NoiseBins
     train_flops: int
     """Of one image."""
+    control: BitrateControl | None
+    """Of an autoencoder that holds a target bitrate."""
+    steer: Callable[[int, Mapping[str, Tensor]], None] | None
+    """Tells it of a step."""
+    collapse: CollapseWatch | None
+    """Of an autoencoder with a diffusion prior."""
 
 
 def _build(life: Life) -> Built:
     prepared, process, config = life.prepared, life.process, life.prepared.config
     stage = _trained_stage(life)
     noise_spec, bins, flops = stage.noise_spec, NoiseBins(stage.timed_losses), stage.forward_flops()
+    steer = collapse = control = None
+    if isinstance(stage, AutoencoderStage):
+        assert isinstance(config, AutoencoderRun)
+        sizes = {"latent_dims": math.prod(stage.latent_shape), "num_pixels": stage.num_pixels}
+        if stage.prior is not None:
+            collapse = CollapseWatch(**sizes, steps=config.train.steps)
+        if (control := stage.bitrate_control) is not None:
+            steer = bitrate_steering(control, config, process, **sizes)
     engine = build_engine(
         config.parallel,
         stage,
@@ -170,7 +198,8 @@ def _build(life: Life) -> Built:
         process=process,
         samples_per_rank=prepared.samples_per_rank,
     )
-    return Built(engine, Ema(config.ema, engine.parameters), noise_spec, bins, training_flops(flops))
+    ema = Ema(config.ema, engine.parameters)
+    return Built(engine, ema, noise_spec, bins, training_flops(flops), control, steer, collapse)
 
 
 def _train(life: Life, whereabouts: Whereabouts) -> int:
@@ -194,9 +223,12 @@ def _train(life: Life, whereabouts: Whereabouts) -> int:
         )
 
     with contextlib.ExitStack() as stack:
-        stream = LaneStream(prepared.index, plan, config.data, slots)
-        batches = stream.batches(start_step)
-        stack.callback(batches.close)
+        stream = LaneStream(prepared.index, plan, prepared.data, slots)
+        text = config.model.text if isinstance(config, BaseRun) else None
+        text_encoder = load_text_encoder(text, process.device)
+        read = stream.batches(start_step)
+        stack.callback(read.close)
+        batches = with_conditions(read, text_encoder, process.device)
         stop = stack.enter_context(_stop_request(life))
         metrics = stack.enter_context(_metrics(life, start_step))
         saves, watch = _instruments(
@@ -216,11 +248,14 @@ def _train(life: Life, whereabouts: Whereabouts) -> int:
                 start_step=start_step,
                 save_if_due=saves.save_if_due,
                 watch=watch,
+                steer=built.steer,
             )
         except (Diverged, TooManyBadSamples):
             saves.finish_save()
             raise
         saves.close()
+        if finished and built.control is not None and metrics is not None:
+            metrics.event(describe_settled(built.control))
     if not finished:
         life.log("saved after a stop request; the same command continues")
         return EXIT_RUN_AGAIN
@@ -248,6 +283,8 @@ def _instruments(
             metrics.event(line)
 
     log(describe_peak(process.device, config.train.precision))
+    if isinstance(config, AutoencoderRun) and (warning := warn_of_loss_factor(config.loss)) is not None:
+        log(warning)
     earlier = last_row(run_dir) if process.rank == 0 else None
     if save_s := broadcast_object((earlier or {}).get("save_s"), process):
         stop.measured_save(save_s)
@@ -268,6 +305,10 @@ def _instruments(
         loader = {"loader_memory_bytes": stream.memory_bytes()} if config.data.workers else {}
         return saves.counters() | loader
 
+    def judge_collapse(completed: int, terms: Mapping[str, Tensor]) -> None:
+        if built.collapse is not None:
+            built.collapse.judge(completed, terms, log)
+
     watch = Instruments(
         throughput=throughput,
         bins=built.bins,
@@ -275,6 +316,7 @@ def _instruments(
         samples=SampleHealth(config.data.max_bad_fraction, len(life.prepared.index)),
         whereabouts=whereabouts,
         metrics=metrics,
+        collapse=judge_collapse,
         counters=counters,
         profile_step=profile_step,
     )
@@ -322,21 +364,25 @@ def _trained_stage(life: Life) -> AutoencoderStage | BaseStage:
     prepared, process = life.prepared, life.process
     config, latents, encoder = prepared.config, prepared.latents, None
     if isinstance(config, BaseRun) and config.autoencoder.on_the_fly:
-        parent, ref = parent_of(config, prepared.run_dir.parent), config.autoencoder
-        autoencoder = build_stage(parent)
-        average = str(parent.ema.half_lives_samples[0])
-        load_average(autoencoder, average, prepared.run_dir.parent / ref.run, ref.step, life.patient)
-        assert isinstance(autoencoder, AutoencoderStage)
-        encoder = autoencoder.encoder.eval().to(process.device)
+        ref, root = config.autoencoder, prepared.run_dir.parent
+        parent = read_autoencoder(root / ref.run)
+        autoencoder = build_autoencoder(parent)
+        if isinstance(parent, AutoencoderRun):
+            average = str(parent.ema.half_lives_samples[0])
+            load_average(autoencoder, average, root / ref.run, ref.step, life.patient)
+        autoencoder = autoencoder.eval().to(process.device)
+        encoder = autoencoder.encoder
         measured = 1.0  # a checkpoint holds it
         if process.rank == 0 and not store.complete_steps(prepared.run_dir):
-            measured = _measure_std(encoder, prepared, process.device)
+            measured = _measure_std(autoencoder, prepared, process.device)
         latents = {**(latents or {}), "std": broadcast_object(measured, process, life.patient)}
     return build_stage(config, latents, encoder)
 
 
 @torch.no_grad()
-def _measure_std(encoder: nn.Module, prepared: Prepared, device: torch.device) -> float:
+def _measure_std(
+    autoencoder: AutoencoderStage | FixedAutoencoder, prepared: Prepared, device: torch.device
+) -> float:
     """Return the std of the latents of the first samples, over all entries."""
     batches = iterate(
         prepared.index,
@@ -345,7 +391,7 @@ def _measure_std(encoder: nn.Module, prepared: Prepared, device: torch.device) -
         batch_size=64,
         on_bad=lambda name, reason: None,  # named when training meets it
     )
-    return float(torch.cat([encoder(batch["x"].to(device)).flatten() for batch in batches]).std())
+    return float(torch.cat([autoencoder.encode(batch["x"].to(device)).flatten() for batch in batches]).std())
 
 
 def resume(engine: Engine, ema: Ema, life: Life) -> tuple[int, int]:

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from ul_scale.data import storage
-from ul_scale.data.decode import decode_image, decode_npy
+from ul_scale.data.decode import TEXT_PART, decode_image, decode_npy
 from ul_scale.data.images import flatten, pillow_errors
 from ul_scale.data.index import Index
 from ul_scale.data.look.inspect import read_samples, spread
@@ -74,7 +74,7 @@ def make_tile(sample: Sample, classes: Sequence[str] | None) -> Tile:
                 tile.frames, tile.size = video_frames(data)
             elif kind == "image":
                 tile.frames, tile.size = _image_frames(data)
-            elif kind == "array":
+            elif kind == "array" and part != TEXT_PART:
                 tile.latent = decode_npy(data)
                 tile.size = f"{'×'.join(map(str, tile.latent.shape))} {tile.latent.dtype}"
             else:

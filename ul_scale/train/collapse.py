@@ -1,0 +1,56 @@
+"""Warnings of a latent that carries no information."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from ul_scale.stages.autoencoder import AutoencoderLoss
+from ul_scale.train.metrics import BITS_PER_PIXEL
+
+MIN_NATS_PER_DIM = 0.02
+"""Useful latents carry 0.1 and more; those that a person would call collapsed, below this."""
+WATCHED_AFTER = 0.1
+"""Share of a run after which its latent is judged: it comes to life only once the decoder looks at it."""
+
+
+def warn_of_loss_factor(loss: AutoencoderLoss) -> str | None:
+    """Return a warning if the objective's optimum is a latent without information, else None."""
+    if loss.target_bits_per_pixel is not None or loss.loss_factor > 1:
+        return None
+    return (
+        f"warning: loss.loss_factor is {loss.loss_factor:g}; expected above 1: up to there a bit in the "
+        "latent costs more than it saves the decoder, and the optimum is a latent that carries no information"
+    )
+
+
+@dataclass
+class CollapseWatch:
+    """Warns once when the latent carries next to nothing.
+
+    Args:
+        num_pixels: of an image.
+        latent_dims: of its latent.
+        steps: the run's length.
+    """
+
+    num_pixels: int
+    latent_dims: int
+    steps: int
+    _told: bool = field(default=False, init=False)
+
+    def judge(self, completed: int, terms: Mapping[str, Tensor], log: Callable[[str], object]) -> None:
+        """Judge the mean loss terms of a logged step; ``log`` takes one line for a person."""
+        if self._told or completed <= WATCHED_AFTER * self.steps:
+            return
+        # The KL at t = 1 is the price of a latent that noise does not hide, not information kept.
+        bits = float(terms[BITS_PER_PIXEL]) - float(terms["bits_per_pixel/kl"])
+        nats = bits * self.num_pixels * math.log(2) / self.latent_dims
+        if nats < MIN_NATS_PER_DIM:
+            self._told = True
+            log(
+                f"warning: step {completed}: the latent is collapsing: it carries {nats:.2g} nats per "
+                f"dimension, expected {MIN_NATS_PER_DIM} or more; raise loss.loss_factor or loss.loss_bias, "
+                "or start with a higher c_lf (loss.loss_factor_start, loss.loss_factor_warmup_steps)"
+            )
