@@ -70,9 +70,7 @@ def trained_two_steps(stage, config, batch):
     optimizer = build_optimizer(stage, config.optim)
     before = {name: p.detach().clone() for name, p in stage.named_parameters()}
     for step in range(2):
-        noise = draw_noise(
-            stage.noise_spec, seed=0, step=step, lanes=[0], lane_size=BATCH, batch_size=BATCH
-        )
+        noise = draw_noise(stage.noise_spec, seed=0, step=step, lanes=[0], lane_size=BATCH, batch_size=BATCH)
         loss = stage(batch, noise, step)["loss"]
         assert loss.shape == (BATCH,) and loss.isfinite().all()
         loss.mean().backward()

@@ -270,9 +270,7 @@ def hash10(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:10]
 
 
-def run_id(
-    config: RunConfig | FixedRun, data_identity: str | None, text_identity: str | None = None
-) -> str:
+def run_id(config: RunConfig | FixedRun, data_identity: str | None, text_identity: str | None = None) -> str:
     """Return ``<name>-<hash10>``: what the run computes, not where or how.
 
     Args:

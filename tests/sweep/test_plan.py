@@ -39,6 +39,15 @@ def test_evaluations_change_no_run(sweep_path):
     assert plan(sweep_path).runs.keys() == plan(sweep_path, settings, "evaluation_points=2").runs.keys()
 
 
+def test_autoencoders_can_be_held_at_bitrates_instead(sweep_path):
+    targets = plan(sweep_path, "loss_factors=[]", "targets_bits_per_pixel=[0.1, 0.2]")
+    cells = targets.cells
+    assert {cell.autoencoder.loss.target_bits_per_pixel for cell in cells} == {0.1, 0.2}
+    assert {cell.base.name for cell in cells} >= {"base-b0.1-tiny-s", "base-b0.2-tiny-m"}
+    both = plan(sweep_path, "targets_bits_per_pixel=[0.1, 0.2]")
+    assert {node.id for node in targets.nodes} < {node.id for node in both.nodes}
+
+
 def test_overrides_by_size_reach_that_size_only(sweep_path):
     rates = {run.model.size: run.optim.lr for run in plan(sweep_path).runs.values() if run.kind == "base"}
     assert rates == {"tiny-s": 1e-3, "tiny-m": 2e-3}
@@ -76,6 +85,7 @@ def test_longest_way_first(sweep_path):
         ("root=gs://bucket/runs", "expected a local directory"),
         ("sizes=[tiny-x]", "model.size is 'tiny-x'"),
         ("sizes=[]", "sizes is []"),
+        ("loss_factors=[]", "loss_factors and targets_bits_per_pixel are empty; expected values of either"),
         ("loss_factors=[2, 2]", "loss_factors is [2.0, 2.0]; expected one or more different values"),
         ("size_overrides={tiny-q: [a=1]}", "size_overrides names tiny-q"),
         ("evaluation.sample=3", "unknown key evaluation.sample; did you mean evaluation.samples?"),

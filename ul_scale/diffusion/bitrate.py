@@ -26,11 +26,11 @@ MAX_ERROR = 3.0
 """Largest |ln(target / bits)| that is acted on."""
 MIN_EXCESS, MAX_EXCESS = 1e-2, 1e3
 """Range of c_lf − 1: beyond it lie collapse, and no more bits; an unattainable target stops here."""
-REGRET = 11.5
+REGRET = 15.0
 """Nats per latent dimension that the noise of the weights costs the prior, per unit of learning rate.
 
 Averaged weights, and those of a decayed learning rate, are free of it, but then it is too late to correct
-c_lf. Fitted to runs of configs/quickstart, where it is 0.025 bits per pixel at lr 6e-3; at the learning rates
+c_lf. Fitted to runs of configs/quickstart, where it is 0.032 bits per pixel at lr 6e-3; at the learning rates
 of large models it is next to nothing."""
 MAX_REGRET = 0.75
 """Largest share of the measured bits that is taken for regret."""

@@ -92,10 +92,7 @@ def measure_bitrate(
         "step": step,
     }
     if isinstance(measured, AutoencoderStage):
-        control = measured.bitrate_control
-        result["loss_factor"] = (
-            measured.loss.loss_factor_at(step) if control is None else control.loss_factor.item()
-        )
+        result["loss_factor"] = measured.loss_factor_after(step)
     return result
 
 

@@ -143,14 +143,16 @@ def _evaluate_autoencoder(
             shown = 16 if x.ndim == 4 else 4
             images.save_pairs(x[:shown].cpu(), x_hat[:shown].cpu(), out_dir / "reconstructions.png")
     reference = reference_features(run_dir.parent, index, run, config, network)
+    metric = metric_name(config, video=run.data.clip_frames is not None)
     values = {}
-    if bits:  # an autoencoder that is not trained here has no prior
+    if isinstance(stage, AutoencoderStage):  # one that is not trained here has no prior
         per_image = torch.cat(bits)
         values["bits_per_pixel"] = per_image.mean().item()
         values["bits_per_pixel_ci95"] = 1.96 * per_image.std().item() / len(per_image) ** 0.5
+        values["loss_factor"] = stage.loss_factor_after(step)
     return values | {
         "psnr": psnr,
-        f"r{metric_name(config, stage)}": frechet_distance(torch.cat(reconstructed), reference),
+        f"r{metric}": frechet_distance(torch.cat(reconstructed), reference),
     }
 
 
@@ -180,8 +182,9 @@ def _evaluate_base(run_dir: Path, step: int, config: EvaluationConfig, out_dir: 
         if start == 0:
             _save_samples(x.cpu(), batch.get("text"), base.given_frames, out_dir)
     reference = reference_features(run_dir.parent, index, parent, config, network)
+    metric = metric_name(config, video=parent.data.clip_frames is not None)
     return {
-        metric_name(config, autoencoder): frechet_distance(torch.cat(generated), reference),
+        metric: frechet_distance(torch.cat(generated), reference),
         "base_bits_per_pixel": torch.cat(bits).mean().item(),
     }
 
@@ -242,9 +245,9 @@ def frames_of(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(0, 1) if x.ndim == 5 else x
 
 
-def metric_name(config: EvaluationConfig, stage: AutoencoderStage | FixedAutoencoder) -> str:
+def metric_name(config: EvaluationConfig, *, video: bool) -> str:
     """Return the name of the Fréchet distance; of videos it is that of their single frames."""
-    return f"frames_{config.features}" if len(stage.image_shape) == 4 else config.features
+    return f"frames_{config.features}" if video else config.features
 
 
 def _save_samples(x: Tensor, texts: list[str] | None, given_frames: int | None, out_dir: Path) -> None:

@@ -280,6 +280,12 @@ class AutoencoderStage(nn.Module):
         diffusion, kl = self._prior_terms(z_clean, t, eps)
         return diffusion + kl
 
+    def loss_factor_after(self, steps: int) -> float:
+        """Return c_lf after so many completed steps: as scheduled, or as its control has set it."""
+        if self.bitrate_control is None:
+            return self.loss.loss_factor_at(steps)
+        return self.bitrate_control.loss_factor.item()
+
     def add_encoder_noise(self, z_clean: Tensor, eps: Tensor) -> Tensor:
         """Return z_0 = α_0 z_clean + σ_0 ε, in the encoder's units: z_clean is never normalised first."""
         return add_noise(z_clean, eps, z_clean.new_full((len(z_clean),), self.loss.log_snr_max))

@@ -223,9 +223,7 @@ class BaseStage(nn.Module):
         v_hat = self.denoise(add_noise(z_clean, eps, log_snr), log_snr, conditions)
         return v_from_x_eps(z_clean, eps, log_snr), v_hat
 
-    def latent_nats(
-        self, z_clean: Tensor, t: Tensor, eps: Tensor, conditions: Conditions = UNTOLD
-    ) -> Tensor:
+    def latent_nats(self, z_clean: Tensor, t: Tensor, eps: Tensor, conditions: Conditions = UNTOLD) -> Tensor:
         """Return the unweighted estimate of each latent's bitrate at times t, (b,) nats."""
         v, v_hat = self._predict(z_clean, t, eps, conditions)
         kl = losses.kl_to_normal(z_clean, self.loss.log_snr_min)

@@ -55,8 +55,8 @@ def report_plan(plan: Plan, console: Console) -> Path | None:
         console.print("nothing has been evaluated yet: no report")
         return None
     page = write_report(rows, plan.directory, title=plan.config.name, meta=report_meta(plan))
-    console.print(summary_table(rows, plan.config.evaluation.features))
-    console.print(finding(summarise(rows, plan.config.evaluation.features)))
+    console.print(summary_table(rows, plan.metric))
+    console.print(finding(summarise(rows, plan.metric)))
     console.print(f"report: {page}   (also report.json, report.csv and PNGs beside it)", soft_wrap=True)
     return page
 
@@ -66,9 +66,10 @@ def report_meta(plan: Plan) -> dict[str, object]:
     return {
         "name": sweep.name,
         "loss_factors": list(sweep.loss_factors),
+        "targets_bits_per_pixel": list(sweep.targets_bits_per_pixel),
         "sizes": list(sweep.sizes),
         "seeds": list(sweep.seeds),
-        "metric": sweep.evaluation.features,
+        "metric": plan.metric,
         "n": sweep.evaluation.samples,
         "base_steps": sweep.evaluation.base_steps,
         "decoder_steps": sweep.evaluation.decoder_steps,

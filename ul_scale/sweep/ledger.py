@@ -15,6 +15,7 @@ def _cell_rows(plan: Plan, cell: Cell) -> list[dict[str, Any]]:
     evaluation = plan.config.evaluation
     last = cell.autoencoder.train.last_step
     reconstruction = read_evaluation(cell.autoencoder_dir, last, evaluation) or {}
+    metric = plan.metric
     pictures = evaluation_dir(cell.autoencoder_dir, last) / "reconstructions.png"
     rows = []
     for step in cell.evaluation_steps:
@@ -26,11 +27,11 @@ def _cell_rows(plan: Plan, cell: Cell) -> list[dict[str, Any]]:
         row = {
             "run_id": cell.base_dir.name,
             "autoencoder_run": cell.autoencoder_dir.name,
-            "loss_factor": cell.autoencoder.loss.loss_factor,
+            "loss_factor": reconstruction.get("loss_factor", cell.autoencoder.loss.loss_factor),
             "bits_per_pixel": reconstruction.get("bits_per_pixel"),
             "bits_per_pixel_ci95": reconstruction.get("bits_per_pixel_ci95"),
             "psnr": reconstruction.get("psnr"),
-            "rfd": reconstruction.get(f"r{evaluation.features}"),
+            "rfd": reconstruction.get(f"r{metric}"),
             "size": cell.base.model.size,
             "seed": cell.base.seed,
             "step": step,
@@ -41,7 +42,7 @@ def _cell_rows(plan: Plan, cell: Cell) -> list[dict[str, Any]]:
             "train_flops": cell.cost.train_flops(step),
             "autoencoder_flops": cell.autoencoder_cost.train_flops(last),
             "sampling_flops": sampling,
-            evaluation.features: values[evaluation.features],
+            metric: values[metric],
             "base_bits_per_pixel": values["base_bits_per_pixel"],
             "n": values["n"],
             "samples_png": str(evaluation_dir(cell.base_dir, step) / "samples.png"),

@@ -16,7 +16,7 @@ from ul_scale.config import AutoencoderRun, BaseRun, RunConfig
 from ul_scale.data.stream import make_plan
 from ul_scale.evaluate.encode import is_encoded
 from ul_scale.evaluate.features import load_network
-from ul_scale.evaluate.metrics import EvaluationConfig, held_out, read_evaluation
+from ul_scale.evaluate.metrics import EvaluationConfig, held_out, metric_name, read_evaluation
 from ul_scale.models.text import text_identity
 from ul_scale.models.zoo import BASES
 from ul_scale.sweep.cost import Cost, autoencoder_cost, base_cost
@@ -36,7 +36,10 @@ class SweepConfig:
     """Config of the autoencoders, relative to the sweep's file."""
     base: str
     """Config of the base models, relative to the sweep's file."""
-    loss_factors: list[float]
+    loss_factors: list[float] = field(default_factory=list)
+    """c_lf of an autoencoder each."""
+    targets_bits_per_pixel: list[float] = field(default_factory=list)
+    """Bitrate that an autoencoder each is held at, by adapting its c_lf."""
     sizes: list[str]
     size_overrides: dict[str, list[str]] = field(default_factory=dict)
     """Overrides of the base config by size, such as a learning rate."""
@@ -50,10 +53,13 @@ class SweepConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     def __post_init__(self) -> None:
-        for name in ("loss_factors", "sizes", "seeds"):
+        for name in ("loss_factors", "targets_bits_per_pixel", "sizes", "seeds"):
             values = getattr(self, name)
-            if not values or len(set(values)) != len(values):
+            optional = name in ("loss_factors", "targets_bits_per_pixel")
+            if not (values or optional) or len(set(values)) != len(values):
                 raise ValueError(f"{name} is {list(values)}; expected one or more different values")
+        if not self.loss_factors and not self.targets_bits_per_pixel:
+            raise ValueError("loss_factors and targets_bits_per_pixel are empty; expected values of either")
         if self.evaluation_points < 1 or self.evaluation_span <= 1:
             raise ValueError("evaluation_points must be 1 or more, and evaluation_span above 1")
         unknown = {*self.size_overrides} - {*BASES}
@@ -103,6 +109,12 @@ class Plan:
     """Resolved config of every run to train, by run id."""
     cells: list[Cell]
 
+    @property
+    def metric(self) -> str:
+        """Name of the distance in its rows."""
+        video = any(cell.autoencoder.data.clip_frames is not None for cell in self.cells)
+        return metric_name(self.config.evaluation, video=video)
+
 
 def load_sweep(path: str | Path, overrides: list[str] | None = None) -> tuple[SweepConfig, Path]:
     """Return a sweep's config, and the folder that its templates are relative to."""
@@ -130,12 +142,15 @@ def plan_sweep(sweep: SweepConfig, folder: Path) -> Plan:
     nodes: list[Node] = []
     runs: dict[str, RunConfig] = {}
     cells: list[Cell] = []
-    for loss_factor in sweep.loss_factors:
+    dials = [("loss_factor", "c", value) for value in sweep.loss_factors]
+    dials += [("target_bits_per_pixel", "b", value) for value in sweep.targets_bits_per_pixel]
+    for setting, letter, value in dials:
+        dial = f"{letter}{value:g}"
         autoencoder = _template(
             folder / sweep.autoencoder,
             sweep,
-            [f"loss.loss_factor={loss_factor}", f"seed={sweep.autoencoder_seed}"],
-            {"name": f"autoencoder-c{loss_factor:g}"},
+            [f"loss.{setting}={value}", f"seed={sweep.autoencoder_seed}"],
+            {"name": f"autoencoder-{dial}"},
         )
         assert isinstance(autoencoder, AutoencoderRun)
         last = autoencoder.train.last_step
@@ -165,7 +180,7 @@ def plan_sweep(sweep: SweepConfig, folder: Path) -> Plan:
                     folder / sweep.base,
                     sweep,
                     [f"model.size={size}", f"seed={seed}", *sweep.size_overrides.get(size, [])],
-                    {"name": f"base-c{loss_factor:g}-{size}", "autoencoder": {"run": run_id, "step": last}},
+                    {"name": f"base-{dial}-{size}", "autoencoder": {"run": run_id, "step": last}},
                 )
                 assert isinstance(base, BaseRun)
                 points = evaluation_steps(

@@ -12,7 +12,8 @@ from ul_scale.stages.bitrate_control import BitrateControl
 from ul_scale.train.metrics import BITS_PER_PIXEL
 from ul_scale.train.optim import learning_rate
 
-NOTEWORTHY_ERROR = 0.05
+NOTEWORTHY_ERROR = 0.25
+"""A few batches say no better than this whether a target is held; ul-scale bitrate does."""
 
 
 def bitrate_steering(
