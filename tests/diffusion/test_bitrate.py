@@ -47,15 +47,6 @@ def test_the_error_is_the_logarithm_of_what_is_missing_and_limited():
     torch.testing.assert_close(bitrate.error(bits, 0.1), expected)
 
 
-def test_what_averaged_weights_save_is_per_dimension_and_learning_rate():
-    bits = torch.tensor([0.1, 0.03, 0.01], dtype=torch.float64)
-    found = bitrate.lasting_bits(bits, 6e-3, latent_dims=256, num_pixels=1024)
-    regret = bitrate.REGRET * 6e-3 * 256 / 1024 / math.log(2)
-    expected = [0.1 - regret, max(0.03 - regret, 0.0075), 0.0025]
-    torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64))
-    torch.testing.assert_close(bitrate.lasting_bits(bits, 0.0, latent_dims=9, num_pixels=9), bits)
-
-
 def test_an_unattainable_target_does_not_wind_up():
     integral = torch.zeros((), dtype=torch.float64)
     for _ in range(10_000):

@@ -14,8 +14,8 @@ def control_of(target=0.2, **changes):
     return BitrateControl(target, 4.0, start=START, end=END, **changes)
 
 
-def observe(control, bits, step, lr_share=1.0):
-    control.observe(torch.as_tensor(bits), step, STEPS, scheduled=4 - step / 50, lr_share=lr_share)
+def observe(control, bits, step, lr_share=1.0, averaged=None):
+    control.observe(torch.as_tensor(bits), averaged, step, STEPS, scheduled=4 - step / 50, lr_share=lr_share)
 
 
 def test_c_lf_follows_its_schedule_then_the_bits_then_stays():
@@ -42,8 +42,19 @@ def test_a_latent_is_held_at_its_bitrate_however_long_the_run(steps):
         log_bits += (wanted - log_bits) / (0.05 * steps)
         noise = 0.2 * torch.randn((), generator=generator)
         bits = math.exp(log_bits) * (1 + noise)
-        control.observe(bits, step, steps, scheduled=2.0, lr_share=1.0)
+        control.observe(torch.as_tensor(bits), None, step, steps, scheduled=2.0, lr_share=1.0)
     assert math.exp(log_bits) == pytest.approx(0.2, rel=0.04)
+
+
+def test_what_is_held_is_the_bitrate_of_averaged_weights():
+    """Averaged weights have 0.7 of the bits in training, which every tenth batch shows."""
+    control, generator, bits = control_of(), torch.Generator().manual_seed(0), 0.02
+    for step in range(STEPS):
+        bits += (0.1 * (float(control.loss_factor) - 1) - bits) / 5
+        noisy = torch.tensor(bits) * (1 + 0.2 * torch.randn((), generator=generator))
+        observe(control, noisy, step, averaged=0.7 * noisy if step % 10 == 0 else None)
+    assert 0.7 * bits == pytest.approx(0.2, rel=0.05)
+    assert float(control.averaged_share) == pytest.approx(0.7, rel=1e-6)
 
 
 def test_what_does_not_train_is_not_steered():

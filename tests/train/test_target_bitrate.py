@@ -17,7 +17,6 @@ from train.test_worker import (
     logged,
     no_dropout,
     run_dir_of,
-    torchrun,
 )
 
 from ul_scale import config as configs
@@ -62,7 +61,7 @@ def test_killed_and_resumed_it_ends_bit_for_bit_the_same(write_config, tmp_path,
 
     # As its steps say: at c_lf as set, then steered, then settled.
     seen = factors(run_dir)
-    assert seen[:18] == [3.0] * 18 and len(set(seen[18:56])) > 30 and len(set(seen[57:])) == 1
+    assert seen[:6] == [3.0] * 6 and len(set(seen[6:57])) > 40 and len(set(seen[57:])) == 1
     assert control_state(run_dir)[CONTROL + "loss_factor"] == pytest.approx(seen[-1], rel=1e-6)
     assert settled and f"c_lf settled at {seen[-1]:.4f}" in settled[0]
 
@@ -75,9 +74,9 @@ from ul_scale.train import worker
 controls = []
 original = worker.bitrate_steering
 
-def remembering(control, config, process, **sizes):
+def remembering(control, config, engine, ema, process):
     controls.append((process.rank, control))
-    return original(control, config, process, **sizes)
+    return original(control, config, engine, ema, process)
 
 worker.bitrate_steering = remembering
 assert worker.run(configs.load(sys.argv[1], sys.argv[3:])) == 0
@@ -108,16 +107,9 @@ def test_two_ranks_hold_the_same_values_and_agree_with_one_process(write_config,
     assert factors(run_dir_of(path)) == pytest.approx(factors(run_dir_of(alone)), rel=1e-4)
 
 
-@pytest.mark.exhaustive
-def test_deepspeed_goes_on_bit_for_bit(write_config, tmp_path):
-    template = no_dropout(HELD | {"train": HELD["train"] | {"steps": 30}})
-    settings = ["parallel.engine=deepspeed", "parallel.zero_stage=2"]
-    whole, path = write_config(template, "whole.yaml", root=str(tmp_path / "whole")), write_config(template)
-    torchrun(2, "train", whole, *settings)
-    torchrun(2, "train", path, *settings, "train.stop_at_step=20")
-    torchrun(2, "train", path, *settings)
-    assert factors(run_dir_of(path)) == factors(run_dir_of(whole))
-    assert control_state(run_dir_of(path)) == control_state(run_dir_of(whole))
+def test_deepspeed_is_refused_before_anything_starts(write_config):
+    with pytest.raises(ValueError, match="target_bits_per_pixel is set and parallel.engine is deepspeed"):
+        worker.prepare(configs.load(write_config(HELD), ["parallel.engine=deepspeed"]))
 
 
 @pytest.mark.exhaustive

@@ -124,7 +124,7 @@ def _evaluate_autoencoder(
 ) -> dict[str, Any]:
     run, stage = restore_autoencoder(run_dir, step)
     index = held_out(run, config.samples)
-    device = next(stage.parameters()).device
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     network = load_network(config.features, device)
     reconstructed, psnr, bits = [], 0.0, []
     for start, batch in batches(index, run, config):

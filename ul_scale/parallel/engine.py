@@ -1,6 +1,7 @@
 """The small interface between the loop and how a stage is spread over processes; and engine ``none``."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -195,6 +196,24 @@ class LocalEngine:
         self.optimizer.step()
         self.optimizer.zero_grad()
         return grad_norm
+
+    @contextmanager
+    def averaged(self, average: Mapping[str, Tensor]) -> Iterator[None]:
+        """Give the stage an average's weights, laid out like ``parameters``, to run without gradients."""
+        current = {name: p.detach().clone() for name, p in self._trained.items()}
+        self._assign(average)
+        self.stage.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self.stage.train()
+            self._assign(current)
+
+    @torch.no_grad()
+    def _assign(self, values: Mapping[str, Tensor]) -> None:
+        for name, p in self._trained.items():
+            p.copy_(values[name])
 
     def parameters(self) -> Mapping[str, Tensor]:
         return self._trained

@@ -1,5 +1,8 @@
 """Engine ``fsdp``: parameters, gradients, optimizer state and averages sharded with FSDP2."""
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -34,6 +37,14 @@ class FsdpEngine(LocalEngine):
         return shard(
             stage, data_parallel_mesh(self.process, self.config.dp_replicate), self.config, self.precision
         )
+
+    @contextmanager
+    def averaged(self, average: Mapping[str, Tensor]) -> Iterator[None]:
+        with super().averaged(average):
+            yield
+            for module in self.stage.modules():
+                if isinstance(module, FSDPModule):
+                    module.reshard()  # or the next forward pass would find the average gathered
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         assert isinstance(self.stage, FSDPModule)

@@ -63,8 +63,9 @@ class AutoencoderLoss:
     has learned to use z_0, the prior's gradient shrinks the latent to nothing."""
     target_bits_per_pixel: float | None = field(default=None, metadata={"legacy": None})
     """Hold the latent at this bitrate by adapting c_lf, from ``loss_factor`` on; null: c_lf stays as set."""
-    target_start: float = field(default=0.3, metadata={"legacy": 0.3})
-    """Share of ``train.steps`` from which c_lf is adapted; until then it is as set, with its warm start."""
+    target_start: float = field(default=0.1, metadata={"legacy": 0.1})
+    """Share of ``train.steps`` from which c_lf is adapted; until then it is as set, with its warm start,
+    better too high than too low: bits are lost fast and regained slowly."""
     target_end: float = field(default=0.95, metadata={"legacy": 0.95})
     """Share of ``train.steps`` after which c_lf stays where it settled."""
 

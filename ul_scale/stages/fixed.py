@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -171,7 +172,10 @@ def _load_vae(model: FixedModel, channels: int) -> VaeCodec:
         raise ImportError(f"model.source=diffusers needs {error.name}: pip install 'ul-scale[vae]'") from None
     weights_sha256(model)
     try:
-        vae = AutoencoderKL.from_pretrained(model.weights, local_files_only=True, use_safetensors=True)
+        if torch.get_default_device().type == "meta":  # where only shapes are asked for
+            vae = AutoencoderKL.from_config(AutoencoderKL.load_config(model.weights, local_files_only=True))
+        else:
+            vae = AutoencoderKL.from_pretrained(model.weights, local_files_only=True, use_safetensors=True)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"model.weights {model.weights}: no AutoencoderKL: {str(error).splitlines()[0]}"

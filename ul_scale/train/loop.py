@@ -86,7 +86,8 @@ def train(
     start_step: int,
     save_if_due: Callable[[int], bool],
     watch: Instruments,
-    steer: Callable[[int, Mapping[str, Tensor]], object] | None = None,
+    steer: Callable[[int, Mapping[str, Tensor], Mapping[str, Tensor], Mapping[str, Tensor]], object]
+    | None = None,
 ) -> bool:
     """Train from ``start_step`` to the last step; return False if asked to stop before it.
 
@@ -107,8 +108,8 @@ def train(
         save_if_due: told after so many completed steps; saves the state if it is time, and returns whether
             all ranks are to stop here.
         watch: what watches.
-        steer: told of each step and this rank's share of its mean loss terms; sets what the stage does in
-            the next step.
+        steer: told of each step, this rank's share of its mean loss terms, its batch and its noise; sets what
+            the stage does in the next step.
 
     Raises:
         Diverged: after too many steps in a row whose loss or gradient is not finite.
@@ -121,10 +122,11 @@ def train(
         with watch.throughput.waiting_for_data():
             batch = next(batches)
         watch.whereabouts.at(step, "forward and backward")
+        inputs, noise = to_device(batch, process.device), noise_at(step)
         sums = accumulate_gradients(
             engine,
-            to_device(batch, process.device),
-            noise_at(step),
+            inputs,
+            noise,
             (seed, "dropout", step, process.rank),
             step,
             config,
@@ -132,11 +134,11 @@ def train(
             watch.bins if log_now else None,
         )
         watch.whereabouts.at(step, "optimizer step")
-        if steer is not None:
-            steer(step, sums)
         lr = learning_rate(optim, step, config.steps)
         grad_norm = engine.step(lr)
         ema.update(step, config.batch_size)
+        if steer is not None:
+            steer(step, sums, inputs, noise)
         watch.health.watch(step, grad_norm, batch["keys"])
         watch.samples.watch(batch)
 

@@ -60,6 +60,7 @@ def prepare(config: RunConfig, world_size: int = 1) -> Prepared:
         ValueError: in one line, what was given, what was expected, where.
     """
     config.log.check()
+    _check_target(config)
     on_the_fly = isinstance(config, BaseRun) and config.autoencoder.on_the_fly
     index = open_index(training_url(config))
     _check_held_out(config, index)
@@ -80,6 +81,20 @@ def prepare(config: RunConfig, world_size: int = 1) -> Prepared:
     prepared = Prepared(config, data, run_id, run_dir, index, plan, latents, world_size)
     check_layout(config.parallel, world_size, prepared.samples_per_rank)
     return prepared
+
+
+def _check_target(config: RunConfig) -> None:
+    if isinstance(config, AutoencoderRun) and config.loss.target_bits_per_pixel is not None:
+        if config.model.prior_kind != "diffusion":
+            raise ValueError(
+                f"loss.target_bits_per_pixel is set and model.prior_kind is {config.model.prior_kind}; "
+                "expected a diffusion prior, whose bits are held"
+            )
+        if config.parallel.engine == "deepspeed":
+            raise ValueError(
+                "loss.target_bits_per_pixel is set and parallel.engine is deepspeed; expected none or fsdp, "
+                "which can measure averaged weights during training"
+            )
 
 
 def training_url(config: RunConfig) -> str:

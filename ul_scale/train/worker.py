@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,21 +14,18 @@ from torch import Tensor
 
 from ul_scale.checkpoint import state, store
 from ul_scale.checkpoint.attempts import Attempt, Fenced, RunBusy, start_attempt
-from ul_scale.checkpoint.average import load_average
 from ul_scale.checkpoint.saver import Saver
 from ul_scale.checkpoint.transfer import SaveFailed
 from ul_scale.config import AutoencoderRun, BaseRun, RunConfig
 from ul_scale.data.plan import lane_slots
-from ul_scale.data.stream import LaneStream, iterate
+from ul_scale.data.stream import LaneStream
 from ul_scale.models.flops import training_flops
 from ul_scale.models.text import load_text_encoder
 from ul_scale.parallel.build import build_engine, check_process
-from ul_scale.parallel.engine import Engine, Process
+from ul_scale.parallel.engine import Engine, LocalEngine, Process
 from ul_scale.parallel.mesh import PATIENCE_S, broadcast_object, cpu_group, distributed
 from ul_scale.stages.autoencoder import AutoencoderStage
-from ul_scale.stages.base import BaseStage
 from ul_scale.stages.bitrate_control import BitrateControl
-from ul_scale.stages.fixed import FixedAutoencoder
 from ul_scale.stages.noise import NoiseSpec, draw_noise
 from ul_scale.train.collapse import CollapseWatch, warn_of_loss_factor
 from ul_scale.train.conditions import with_conditions
@@ -37,28 +34,25 @@ from ul_scale.train.health import Diverged, SampleHealth, StepHealth, TooManyBad
 from ul_scale.train.host import PLAIN_PROCESS, Host
 from ul_scale.train.loop import Instruments, train
 from ul_scale.train.metrics import MetricsWriter, last_row
+from ul_scale.train.networks import trained_stage
 from ul_scale.train.noise_bins import NoiseBins
 from ul_scale.train.notices import find_deadline
 from ul_scale.train.optim import build_optimizer
 from ul_scale.train.preemption import StopRequest, leaving_on_signals
 from ul_scale.train.prepare import (
     Prepared,
-    build_autoencoder,
-    build_stage,
     check_resumable,
     prepare,
-    read_autoencoder,
 )
 from ul_scale.train.profile import profiler
 from ul_scale.train.provenance import write_provenance
 from ul_scale.train.saves import Saves
-from ul_scale.train.target_bitrate import bitrate_steering, describe_settled
+from ul_scale.train.target_bitrate import Steer, bitrate_steering, describe_settled
 from ul_scale.train.throughput import Throughput, describe_peak
 from ul_scale.train.whereabouts import Whereabouts
 
 EXIT_DONE, EXIT_FAILED, EXIT_RUN_AGAIN = 0, 1, 75
 """75 is EX_TEMPFAIL: saved after a stop request, run the same command again."""
-Z_STD_SAMPLES = 1024
 
 
 def run(config: RunConfig, host: Host = PLAIN_PROCESS, *, profile: bool = False) -> int:
@@ -171,7 +165,7 @@ class Built:
     """Of one image."""
     control: BitrateControl | None
     """Of an autoencoder that holds a target bitrate."""
-    steer: Callable[[int, Mapping[str, Tensor]], None] | None
+    steer: Steer | None
     """Tells it of a step."""
     collapse: CollapseWatch | None
     """Of an autoencoder with a diffusion prior."""
@@ -179,16 +173,16 @@ class Built:
 
 def _build(life: Life) -> Built:
     prepared, process, config = life.prepared, life.process, life.prepared.config
-    stage = _trained_stage(life)
+    stage = trained_stage(prepared, process, life.patient)
     noise_spec, bins, flops = stage.noise_spec, NoiseBins(stage.timed_losses), stage.forward_flops()
-    steer = collapse = control = None
+    collapse = control = None
     if isinstance(stage, AutoencoderStage):
-        assert isinstance(config, AutoencoderRun)
-        sizes = {"latent_dims": math.prod(stage.latent_shape), "num_pixels": stage.num_pixels}
         if stage.prior is not None:
-            collapse = CollapseWatch(**sizes, steps=config.train.steps)
-        if (control := stage.bitrate_control) is not None:
-            steer = bitrate_steering(control, config, process, **sizes)
+            latent_dims = math.prod(stage.latent_shape)
+            collapse = CollapseWatch(
+                latent_dims=latent_dims, num_pixels=stage.num_pixels, steps=config.train.steps
+            )
+        control = stage.bitrate_control  # before the engine wraps the stage
     engine = build_engine(
         config.parallel,
         stage,
@@ -198,7 +192,10 @@ def _build(life: Life) -> Built:
         process=process,
         samples_per_rank=prepared.samples_per_rank,
     )
-    ema = Ema(config.ema, engine.parameters)
+    ema, steer = Ema(config.ema, engine.parameters), None
+    if control is not None:
+        assert isinstance(config, AutoencoderRun) and isinstance(engine, LocalEngine)
+        steer = bitrate_steering(control, config, engine, ema, process)
     return Built(engine, ema, noise_spec, bins, training_flops(flops), control, steer, collapse)
 
 
@@ -357,41 +354,6 @@ def _stop_request(life: Life) -> StopRequest:
         timeout_s=config.parallel.timeout_s,
         log=life.log,
     )
-
-
-def _trained_stage(life: Life) -> AutoencoderStage | BaseStage:
-    """Return the run's stage; of a base model on images, with the encoder and its latents' measured std."""
-    prepared, process = life.prepared, life.process
-    config, latents, encoder = prepared.config, prepared.latents, None
-    if isinstance(config, BaseRun) and config.autoencoder.on_the_fly:
-        ref, root = config.autoencoder, prepared.run_dir.parent
-        parent = read_autoencoder(root / ref.run)
-        autoencoder = build_autoencoder(parent)
-        if isinstance(parent, AutoencoderRun):
-            average = str(parent.ema.half_lives_samples[0])
-            load_average(autoencoder, average, root / ref.run, ref.step, life.patient)
-        autoencoder = autoencoder.eval().to(process.device)
-        encoder = autoencoder.encoder
-        measured = 1.0  # a checkpoint holds it
-        if process.rank == 0 and not store.complete_steps(prepared.run_dir):
-            measured = _measure_std(autoencoder, prepared, process.device)
-        latents = {**(latents or {}), "std": broadcast_object(measured, process, life.patient)}
-    return build_stage(config, latents, encoder)
-
-
-@torch.no_grad()
-def _measure_std(
-    autoencoder: AutoencoderStage | FixedAutoencoder, prepared: Prepared, device: torch.device
-) -> float:
-    """Return the std of the latents of the first samples, over all entries."""
-    batches = iterate(
-        prepared.index,
-        prepared.config.data,
-        stop=Z_STD_SAMPLES,
-        batch_size=64,
-        on_bad=lambda name, reason: None,  # named when training meets it
-    )
-    return float(torch.cat([autoencoder.encode(batch["x"].to(device)).flatten() for batch in batches]).std())
 
 
 def resume(engine: Engine, ema: Ema, life: Life) -> tuple[int, int]:
