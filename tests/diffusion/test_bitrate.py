@@ -59,6 +59,10 @@ def test_an_unattainable_target_does_not_wind_up():
     assert steps == math.ceil(math.log(bitrate.MAX_EXCESS) / (0.01 * bitrate.INTEGRAL_GAIN))
 
 
+def test_an_estimate_below_zero_is_far_too_few_bits():
+    assert bitrate.error(torch.tensor(-0.1, dtype=torch.float64), 0.1) == bitrate.MAX_ERROR
+
+
 def test_a_step_that_was_skipped_leaves_the_mean_alone():
     mean = torch.tensor(0.5, dtype=torch.float64)
     assert bitrate.running_mean(mean, torch.tensor(math.nan), 0.1) == 0.5

@@ -12,6 +12,7 @@ from ul_scale.cli import app
 from ul_scale.data.index import open_index
 from ul_scale.evaluate.fixed_run import fixed_run
 from ul_scale.evaluate.metrics import EvaluationConfig, evaluate
+from ul_scale.exported import load_exported
 from ul_scale.train import worker
 
 PIXELS = {
@@ -46,6 +47,10 @@ def test_pixels_are_encoded_by_one_command_and_trained_on(write_config, pixels):
     assert worker.run(config) == 0
     values = evaluate(worker.prepare(config).run_dir, 8, TINY)
     assert values["fd_effnet_lite0"] > 0 and values["base_bits_per_pixel"] > 0
+    out = pixels.parent / "exported"
+    result = CliRunner().invoke(app, ["checkpoint", "export", str(worker.prepare(config).run_dir), str(out)])
+    assert result.exit_code == 0, result.output
+    assert load_exported(out).latent_shape == (16, 4, 4)
     own = evaluate(pixels, 0, TINY)
     assert "bits_per_pixel" not in own and own["psnr"] > 40  # what noise at λ = 10 leaves
 

@@ -208,6 +208,18 @@ def test_learned_variance_saves_the_prior_what_the_paper_says():
     )
 
 
+def test_a_kls_factor_weighs_all_of_it():
+    """Of what a learned variance saves, too."""
+    once, tenth = (
+        make_stage({"learned_variance": True, "prior_kind": "normal"}, kl_factor=factor)
+        for factor in (1.0, 0.1)
+    )
+    batch, noise = batch_and_noise(once)
+    whole, part = once(batch, noise, 0), tenth(batch, noise, 0)
+    torch.testing.assert_close(part["loss/prior"], 0.1 * whole["loss/prior"])
+    torch.testing.assert_close(part["bits_per_pixel"], whole["loss/prior"])
+
+
 def test_videos_have_latents_with_time_and_bits_per_pixel_of_all_frames():
     vit = UViTConfig(patch=1, levels=[LevelConfig(kind="transformer", channels=16, blocks=1)], head_dim=16)
     model = AutoencoderModel(

@@ -163,6 +163,12 @@ def test_on_the_fly_the_given_frames_are_encoded_alone():
     torch.testing.assert_close(first["z_given"][:, :, 1:], MeanOverFour()(repeated))
 
 
+def test_latent_frames_that_do_not_divide_are_named():
+    net = UViTConfig(patch=1, levels=NET.levels * 2, head_dim=16, time_strides=[2])
+    with pytest.raises(ValueError, match="latents of 3 frames do not divide by the base model's 2×"):
+        BaseStage(BaseModel(net=net), BaseLoss(), latent_shape=(2, 3, 4, 4), num_pixels=768, z_std=1.0)
+
+
 def test_given_frames_need_videos():
     with pytest.raises(ValueError, match="model.given_frames is 5, but the latents are of images"):
         BaseStage(

@@ -3,10 +3,11 @@ import math
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from templates import AUTOENCODER
 
 from ul_scale import config as configs
-from ul_scale.stages.autoencoder import AutoencoderLoss
+from ul_scale.stages.autoencoder import AutoencoderLoss, AutoencoderModel
 from ul_scale.train import collapse, worker
 from ul_scale.train.collapse import CollapseWatch, warn_of_loss_factor
 
@@ -41,17 +42,24 @@ def test_the_first_tenth_of_a_run_is_not_judged():
     assert told([(11, terms(0.0))])
 
 
+def build_model(values):
+    return configs.structure(AutoencoderModel, OmegaConf.create(values), "test")
+
+
 @pytest.mark.parametrize("factor,warned", [(0.5, True), (1.0, True), (1.01, False)])
 def test_a_loss_factor_that_carries_no_information_is_told_of(factor, warned):
     loss = AutoencoderLoss(loss_factor=factor, loss_bias=0.0)
-    warning = warn_of_loss_factor(loss)
+    model = build_model(AUTOENCODER["model"])
+    warning = warn_of_loss_factor(loss, model)
     assert (warning is not None) == warned
     if warned:
         assert f"loss.loss_factor is {factor:g}" in warning and "\n" not in warning
     # A target sets c_lf itself; a warm start does not change where it ends.
-    assert warn_of_loss_factor(dataclasses.replace(loss, target_bits_per_pixel=0.1)) is None
+    assert warn_of_loss_factor(dataclasses.replace(loss, target_bits_per_pixel=0.1), model) is None
     warm = dataclasses.replace(loss, loss_factor_start=6.0, loss_factor_warmup_steps=5)
-    assert (warn_of_loss_factor(warm) is not None) == warned
+    assert (warn_of_loss_factor(warm, model) is not None) == warned
+    # Squared error pays for information at any factor.
+    assert warn_of_loss_factor(loss, build_model(AUTOENCODER["model"] | {"decoder_kind": "mse"})) is None
 
 
 def test_a_run_warns_at_its_start_and_once_of_its_latent(write_config, capsys, monkeypatch):

@@ -96,14 +96,23 @@ def stage_config(run_dir: Path) -> dict[str, Any]:
     Of a base model, ``z_std`` is 1 here: its value is in the checkpoints.
     """
     config = read_config(run_dir)
+    if config["kind"] == "fixed_autoencoder":
+        raise ValueError(f"{run_dir}: is not trained here; there are no weights to export")
     if config["kind"] == "autoencoder":
         data = {name: config["data"][name] for name in ("image_size", "channels")}
         if (config["data"].get("frames") or 1) > 1:
             data["frames"] = config["data"]["frames"]
     else:
         parent = run_dir.parent / config["autoencoder"]["run"]
+        autoencoder: Any
         with torch.device("meta"):
-            autoencoder = build_stage(stage_config(parent), str(parent))
+            if read_config(parent)["kind"] == "fixed_autoencoder":
+                # Imported here: the trainer's config reader is of no other use to exports.
+                from ul_scale.train.prepare import build_autoencoder, read_autoencoder
+
+                autoencoder = build_autoencoder(read_autoencoder(parent))
+            else:
+                autoencoder = build_stage(stage_config(parent), str(parent))
         data = {
             "latent_shape": list(autoencoder.latent_shape),
             "num_pixels": autoencoder.num_pixels,
@@ -127,7 +136,11 @@ def _load(
     if ema_width is not None:
         rebuilt = posthoc_average(run_dir, ema_width, step)
         log(_describe(rebuilt, ema_width))
-        load_average(stage, names[0], run_dir, pick_step(run_dir, None))  # for the buffers
+        kept = store.complete_steps(run_dir)
+        # For the buffers, which snapshots lack: of that step where its checkpoint is still there.
+        load_average(
+            stage, names[0], run_dir, pick_step(run_dir, rebuilt.step if rebuilt.step in kept else None)
+        )
         if rebuilt.average.keys() != dict(stage.named_parameters()).keys():
             raise ValueError(f"{run_dir}: its EMA snapshots are not of the model in its config.yaml")
         stage.load_state_dict(rebuilt.average, strict=False)

@@ -50,7 +50,8 @@ def running_mean(mean: Tensor, value: Tensor, weight: float | Tensor) -> Tensor:
 
 def error(bits: Tensor, target: float) -> Tensor:
     """Return ln(target / bits), limited to ±``MAX_ERROR``."""
-    return (math.log(target) - torch.log(bits)).clamp(-MAX_ERROR, MAX_ERROR)
+    # An estimate with a learned variance may fall below 0.
+    return (math.log(target) - torch.log(bits.clamp(min=0))).clamp(-MAX_ERROR, MAX_ERROR)
 
 
 def integrate(integral: Tensor, error: Tensor, window_share: float) -> Tensor:

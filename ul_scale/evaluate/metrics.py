@@ -298,16 +298,24 @@ def held_out_bits(
         config: noise levels per image.
         conditions: of a base model.
     """
-    told = () if isinstance(stage, AutoencoderStage) else (conditions,)
-    z_clean = stage.encode(x) if isinstance(stage, AutoencoderStage) else x
+    told: tuple[Conditions, ...] = (conditions,)
+    z_clean: Tensor = x
+    gain: Tensor | float = 0.0
     generators = sample_generators("bits", start, len(x), config, x.device)
+    if isinstance(stage, AutoencoderStage):
+        told, eps = (), None
+        if stage.model.learned_variance:
+            eps = torch.stack(
+                [torch.randn(stage.latent_shape, generator=g, device=x.device) for g in generators]
+            )
+        z_clean, gain = stage.draw(x, eps)
     total = torch.zeros(len(x), device=x.device)
     offset = torch.stack([torch.rand((), generator=g, device=x.device) for g in generators])
     for stratum in range(config.times_per_image):
         t = (stratum + offset) / config.times_per_image
         eps = torch.stack([torch.randn(stage.latent_shape, generator=g, device=x.device) for g in generators])
         total += stage.latent_nats(z_clean, t, eps, *told) / config.times_per_image
-    return losses.bits_per_pixel(total, stage.num_pixels)
+    return losses.bits_per_pixel(total - gain, stage.num_pixels)
 
 
 def reference_features(

@@ -60,7 +60,10 @@ def _checkpointed(forward: Callable[..., Any], mode: str) -> Callable[..., Any]:
 
 def _compiled(forward: Callable[..., Any], name: str, reported: set[str]) -> Callable[..., Any]:
     """Return ``forward`` compiled at its first call, or itself from then on where that fails."""
-    from torch._dynamo.exc import TorchDynamoException
+    from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
+
+    # Blocks of a class share one code object and its limit: their sizes, with and without gradients.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
 
     # Rotary positions are traced anew, as they should be.
     warnings.filterwarnings("ignore", message="Dynamo detected a call to a `functools.lru_cache`")
@@ -73,7 +76,7 @@ def _compiled(forward: Callable[..., Any], name: str, reported: set[str]) -> Cal
             return forward(*args, **kwargs)
         try:
             return chosen(*args, **kwargs)
-        except TorchDynamoException as error:
+        except (TorchDynamoException, FailOnRecompileLimitHit) as error:
             chosen = forward
             if name not in reported:
                 reported.add(name)

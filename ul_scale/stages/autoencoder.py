@@ -205,7 +205,10 @@ class AutoencoderStage(nn.Module):
         loss_factor = self.loss.loss_factor_at(step) if control is None else control.loss_factor
         decoder = self._distortion(x, z_0, noise, loss_factor)
 
-        prior = losses.bits_per_pixel(prior - gain, self.num_pixels)
+        # The gain belongs to the rate that shapes the encoder, and has its weight.
+        shaped_by_kl = self.prior is None or not self.loss.prior_gradient
+        gain_weight = self.loss.kl_factor if shaped_by_kl else 1.0
+        prior = losses.bits_per_pixel(prior - gain_weight * gain, self.num_pixels)
         decoder = losses.bits_per_pixel(decoder, self.num_pixels)
         return {
             "loss": prior + decoder,
@@ -224,6 +227,10 @@ class AutoencoderStage(nn.Module):
         mean, log_variance = self.encoder(x).chunk(2, dim=1)
         z_clean = mean + torch.exp(0.5 * log_variance) * noise["eps/z_clean"]
         return z_clean, losses.variance_gain(log_variance, self.loss.log_snr_max)
+
+    def draw(self, x: Tensor, eps: Tensor | None) -> tuple[Tensor, Tensor | float]:
+        """Return z_clean as the prior is trained on it, and what its variance saves, (b,) nats."""
+        return self._encode(x, {} if eps is None else {"eps/z_clean": eps})
 
     def _rate(self, z_clean: Tensor, noise: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Return the prior's loss, the bitrate, and the part of it that is a KL to N(0, I); (b,) nats."""

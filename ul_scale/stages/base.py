@@ -113,6 +113,11 @@ class BaseStage(nn.Module):
                 f"{model.net.downsampling}× (patch and levels of model.net)"
             )
         video = len(latent_shape) == 4
+        if video and latent_shape[1] % model.net.time_downsampling:
+            raise ValueError(
+                f"latents of {latent_shape[1]} frames do not divide by the base model's "
+                f"{model.net.time_downsampling}× (time_strides of model.net)"
+            )
         if model.given_frames is not None and not video:
             raise ValueError(f"model.given_frames is {model.given_frames}, but the latents are of images")
         self.loss = loss

@@ -76,9 +76,10 @@ class BitrateControl(nn.Module):
         mean = bitrate.running_mean(self.bits_per_pixel, bits_per_pixel.double(), weight)
         self.bits_per_pixel.copy_(mean)
         if averaged is not None:
-            self.measurements += 1
-            newest = (1 / self.measurements).clamp(min=1 / bitrate.SHARE_MEASURES)
-            share = bitrate.running_mean(self.averaged_share, averaged / bits_per_pixel, newest)
+            ratio = averaged / bits_per_pixel
+            self.measurements += ratio.isfinite()
+            newest = (1 / self.measurements.clamp(min=1)).clamp(min=1 / bitrate.SHARE_MEASURES)
+            share = bitrate.running_mean(self.averaged_share, ratio, newest)
             self.averaged_share.copy_(share)
         if (step + 1) / steps < self.start:
             self.loss_factor.fill_(scheduled)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from ul_scale.stages.autoencoder import AutoencoderLoss
+from ul_scale.stages.autoencoder import AutoencoderLoss, AutoencoderModel
 from ul_scale.train.metrics import BITS_PER_PIXEL
 
 MIN_NATS_PER_DIM = 0.02
@@ -15,9 +15,10 @@ WATCHED_AFTER = 0.1
 """Share of a run after which its latent is judged: it comes to life only once the decoder looks at it."""
 
 
-def warn_of_loss_factor(loss: AutoencoderLoss) -> str | None:
+def warn_of_loss_factor(loss: AutoencoderLoss, model: AutoencoderModel) -> str | None:
     """Return a warning if the objective's optimum is a latent without information, else None."""
-    if loss.target_bits_per_pixel is not None or loss.loss_factor > 1:
+    as_in_paper = model.prior_kind == model.decoder_kind == "diffusion" and loss.prior_gradient
+    if not as_in_paper or loss.target_bits_per_pixel is not None or loss.loss_factor > 1:
         return None
     return (
         f"warning: loss.loss_factor is {loss.loss_factor:g}; expected above 1: up to there a bit in the "

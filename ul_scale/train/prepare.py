@@ -71,6 +71,8 @@ def prepare(config: RunConfig, world_size: int = 1) -> Prepared:
         check_embeddings(text, latents, index.url)
     images = on_the_fly or isinstance(config, AutoencoderRun)
     encoder = text_identity(text) if text is not None else None
+    if text is not None and text.encoder is None and latents is not None:
+        encoder = configs.hash10(latents["text"])  # which encoder made the embeddings that are stored
     run_id = configs.run_id(config, index.identity if images else None, encoder)
     data = reading_text(config.data, text)
     plan = make_plan(index, data, seed=config.seed, batch_size=config.train.batch_size)
@@ -89,6 +91,11 @@ def _check_target(config: RunConfig) -> None:
             raise ValueError(
                 f"loss.target_bits_per_pixel is set and model.prior_kind is {config.model.prior_kind}; "
                 "expected a diffusion prior, whose bits are held"
+            )
+        if config.model.decoder_kind != "diffusion":
+            raise ValueError(
+                f"loss.target_bits_per_pixel is set and model.decoder_kind is {config.model.decoder_kind}; "
+                "expected a diffusion decoder, whose bits vanish at c_lf = 1"
             )
         if config.parallel.engine == "deepspeed":
             raise ValueError(
@@ -178,6 +185,10 @@ def facts_on_the_fly(config: BaseRun, index: Index, root: Path) -> dict[str, Any
         raise ValueError(
             f"autoencoder.step is {ref.step}; {ref.run} has complete checkpoints at {steps or 'no step'}"
         )
+    given, frames = config.model.given_frames, config.data.clip_frames
+    if given is not None and given >= (frames or 1):
+        what = f"clips have {frames} frames" if frames else "data are images"
+        raise ValueError(f"model.given_frames is {given}, but the {what}; expected fewer")
     with torch.device("meta"):
         stage = build_autoencoder(parent)
     return {

@@ -280,7 +280,10 @@ def _instruments(
             metrics.event(line)
 
     log(describe_peak(process.device, config.train.precision))
-    if isinstance(config, AutoencoderRun) and (warning := warn_of_loss_factor(config.loss)) is not None:
+    if (
+        isinstance(config, AutoencoderRun)
+        and (warning := warn_of_loss_factor(config.loss, config.model)) is not None
+    ):
         log(warning)
     earlier = last_row(run_dir) if process.rank == 0 else None
     if save_s := broadcast_object((earlier or {}).get("save_s"), process):
