@@ -41,7 +41,7 @@ def latents_of(name, config, shrink=lambda config: config):
         with torch.device("meta"):
             facts = latent_facts(build_autoencoder(shrink(load(parent))))
     given = config.model.given_frames
-    return {**facts, "std": 0.5, "num_classes": 0, "given_frames": given}
+    return {**facts, "std": 0.5, "num_classes": config.model.num_classes or 0, "given_frames": given}
 
 
 def reduced(value):

@@ -88,7 +88,7 @@ def test_latents_of_videos():
         ({"latent": "4x8x8", "autoencoder": STAGE_1}, "--latent and --autoencoder are both given"),
         (
             {"autoencoder": STAGE_2},
-            "base.yaml: kind is base; expected an autoencoder that is trained, or --latent",
+            "base.yaml: kind is base; expected an autoencoder's, or --latent",
         ),
         ({"latent": "4x8x8", "gpu": "x9"}, "--gpu is 'x9'; expected one of gb300, b300"),
         ({"latent": "4x8x8", "mfu": 40.0}, "--mfu is 40; expected a share above 0, up to 1"),

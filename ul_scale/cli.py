@@ -61,8 +61,9 @@ def train(
     - `ul-scale train configs/quickstart/autoencoder.yaml loss.loss_factor=3 train.steps=500`
     - `torchrun --nproc-per-node=2 -m ul_scale.cli train CONFIG parallel.engine=fsdp`
     """
-    from ul_scale.config import load
+    from ul_scale.config import AutoencoderRun, load
     from ul_scale.train import worker
+    from ul_scale.train.collapse import warn_of_loss_factor
     from ul_scale.train.prepare import check_resumable, describe, prepare
 
     resolved = load(config, overrides)
@@ -70,6 +71,9 @@ def train(
         prepared = prepare(resolved, processes)
         check_resumable(prepared)
         print(describe(prepared))
+        if isinstance(resolved, AutoencoderRun):
+            if warning := warn_of_loss_factor(resolved.loss, resolved.model):
+                print(warning)
         return
     if processes > 1:
         raise ValueError("--processes is for --dry-run; torchrun or launch/submit.py start processes")
@@ -151,7 +155,10 @@ def encode(
     from ul_scale.evaluate.encode import encode as encode_run
     from ul_scale.evaluate.fixed_run import fixed_run
 
-    run_dir = fixed_run(run, overrides or []) if run.endswith((".yaml", ".yml")) else run_path(run)
+    is_config = run.endswith((".yaml", ".yml"))
+    if overrides and not is_config:
+        raise ValueError(f"{overrides[0]} is given with the run {run}; overrides are of a CONFIG only")
+    run_dir = fixed_run(run, overrides or []) if is_config else run_path(run)
     config = EncodeConfig(
         dtype=dtype,
         flipped=flipped,
@@ -205,7 +212,14 @@ def bitrate(
 @app.command()
 def evaluate(
     run: Annotated[str, typer.Argument(help="Run directory.")],
-    settings: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]…")] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[KEY=VALUE]…",
+            help="samples, base_steps, decoder_steps, times_per_image, batch_size, seed, features; "
+            "base_sampler and decoder_sampler (ancestral, ddim, dpmpp_2m); guidance, guidance_interval.",
+        ),
+    ] = None,
     step: Annotated[list[int] | None, typer.Option(help="Checkpoints; by default the newest.")] = None,
 ) -> None:
     """Measure a run: bitrate, PSNR and reconstruction distance, or generation distance; with pictures.
@@ -213,6 +227,7 @@ def evaluate(
     Examples:
     - `ul-scale evaluate runs/autoencoder-c2.7-0123456789`
     - `ul-scale evaluate runs/base-c2.7-tiny-l-0123456789 --step 125 --step 500 samples=1000`
+    - `ul-scale evaluate RUN base_sampler=dpmpp_2m base_steps=20 guidance=2 'guidance_interval=[-5,1]'`
     """
     import json
 

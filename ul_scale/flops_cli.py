@@ -126,17 +126,15 @@ def autoencoder_stage(config: Any, source: str) -> Any:
     """Return the stage of an autoencoder's config, on the meta device."""
     import torch
 
-    from ul_scale.config import AutoencoderRun
-    from ul_scale.train.prepare import build_stage
+    from ul_scale.config import BaseRun
+    from ul_scale.train.prepare import build_autoencoder
 
-    if not isinstance(config, AutoencoderRun):
-        raise ValueError(
-            f"{source}: kind is {config.kind}; expected an autoencoder that is trained, or --latent instead"
-        )
+    if isinstance(config, BaseRun):
+        raise ValueError(f"{source}: kind is {config.kind}; expected an autoencoder's, or --latent instead")
     if config.data.image_size is None:
         raise ValueError(f"{source}: data.image_size is not set; expected pixels")
     with torch.device("meta"):
-        return build_stage(config)
+        return build_autoencoder(config)
 
 
 def latent_shape_of(config: Any, latent: str | None, autoencoder: str | None) -> tuple[int, ...]:
@@ -189,7 +187,7 @@ def make_plan(
             "shape": latent_shape_of(config, latent, autoencoder),
             "num_pixels": 1,
             "std": 1.0,
-            "num_classes": 0,
+            "num_classes": config.model.num_classes or 0,
             "log_snr_max": config.loss.log_snr_max,
             "given_frames": config.model.given_frames,
         }
@@ -315,7 +313,7 @@ def flops(
     """
     from rich.console import Console
 
-    if json_file is not None and not json_file.absolute().parent.is_dir():
+    if json_file is not None and (json_file.is_dir() or not json_file.absolute().parent.is_dir()):
         raise ValueError(f"--json is {json_file}; expected a file in an existing folder")
     resolved = read_plan_config(config, overrides or [])
     plan = make_plan(resolved, config, latent=latent, autoencoder=autoencoder, gpus=gpus, gpu=gpu, mfu=mfu)

@@ -42,6 +42,15 @@ def test_bits_of_an_image_do_not_depend_on_its_batch():
     torch.testing.assert_close(torch.cat(parts), whole)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [{"guidance": math.nan}, {"guidance": -1.0}, {"guidance_interval": [1.0, -5.0]}, {"base_sampler": "euler"}],
+)
+def test_settings_that_mean_nothing_are_named(settings):
+    with pytest.raises(ValueError, match=f"evaluation.{next(iter(settings))} is"):
+        EvaluationConfig(**settings)
+
+
 @pytest.fixture
 def autoencoder(write_config):
     path = write_config(AUTOENCODER, train={"steps": 3})

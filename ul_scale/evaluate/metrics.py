@@ -1,6 +1,7 @@
 """Evaluations of a run at a step: ``evals/step_N/metrics.json`` and the pictures beside it.
 
-Measured in another way, a step has a ``metrics-<id>.json`` more; ``metrics.json`` is the newest.
+Measured in another way, a step has a ``metrics-<id>.json`` more; ``metrics.json`` and the pictures are the
+newest's.
 """
 
 import json
@@ -42,9 +43,9 @@ class EvaluationConfig:
     samples: int = 1000
     """n: images generated or reconstructed, and held-out images that they are compared with."""
     base_steps: int = 32
-    """Ancestral steps of the base model."""
+    """Steps of the base model's sampler."""
     decoder_steps: int = 8
-    """Ancestral steps of the decoder."""
+    """Steps of the decoder's."""
     times_per_image: int = 8
     """Noise levels per image in the held-out bitrate."""
     features: str = "fd_effnet_lite0"
@@ -60,16 +61,24 @@ class EvaluationConfig:
     guidance_interval: list[float] | None = field(default=None, metadata={"legacy": None})
     """log-SNR from and to which there is guidance, nats, such as [-5, 1]; null: everywhere."""
 
+    @property
+    def base_calls(self) -> int:
+        """Forward passes of the base model for a sample; with guidance at most so many."""
+        return self.base_steps * (1 if self.guidance == 1 else 2)
+
     def __post_init__(self) -> None:
         for name in ("base_sampler", "decoder_sampler"):
             if getattr(self, name) not in SAMPLERS:
                 raise ValueError(
                     f"evaluation.{name} is {getattr(self, name)!r}; expected one of {', '.join(SAMPLERS)}"
                 )
-        if self.guidance_interval is not None and len(self.guidance_interval) != 2:
+        interval = self.guidance_interval
+        if interval is not None and not (len(interval) == 2 and interval[0] < interval[1]):
             raise ValueError(
-                f"evaluation.guidance_interval is {list(self.guidance_interval)}; expected two log-SNRs"
+                f"evaluation.guidance_interval is {list(interval)}; expected two log-SNRs, lower first"
             )
+        if not 0 <= self.guidance < math.inf:
+            raise ValueError(f"evaluation.guidance is {self.guidance}; expected a number from 0")
         for name in ("samples", "base_steps", "decoder_steps", "times_per_image", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"evaluation.{name} is {getattr(self, name)}; expected 1 or more")

@@ -121,6 +121,20 @@ def load_text_encoder(config: TextConfig | None, device: torch.device | str = "c
     return TextEncoder(model.to(device), tokenizer, config.max_tokens, config.width)
 
 
+def check_text_encoder(config: TextConfig | None) -> None:
+    """Check a text encoder's folder against the config, weights unread; one of the hub may not be here yet.
+
+    Raises:
+        ImportError: as ``load_text_encoder``.
+        ValueError: as ``load_text_encoder``.
+    """
+    if config is None or config.encoder is None or not Path(config.encoder).expanduser().is_dir():
+        return
+    found = read_text_config(config.encoder, max_tokens=config.max_tokens, precision=config.precision)
+    if found.width != config.width:
+        raise ValueError(f"model.text.width is {config.width}, but {config.encoder} has {found.width}")
+
+
 def read_text_config(encoder: str, *, max_tokens: int, precision: str) -> TextConfig:
     """Return the config of a text encoder, its width read from its config.json; weights are not loaded.
 
@@ -200,7 +214,9 @@ def _model_config(name: str, folder: Path) -> Any:
 
 def _check_length(name: str, max_tokens: int, limit: int | None) -> None:
     if limit is not None and max_tokens > limit:
-        raise ValueError(f"max_tokens is {max_tokens}, but {name} takes {limit}")
+        raise ValueError(
+            f"max_tokens is {max_tokens} (--max-tokens, model.text.max_tokens), but {name} takes {limit}"
+        )
 
 
 def _load_tokenizer(folder: Path) -> Any:

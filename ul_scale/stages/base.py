@@ -107,9 +107,9 @@ class BaseStage(nn.Module):
         encoder: nn.Module | None = None,
     ):
         super().__init__()
-        if latent_shape[-1] % model.net.downsampling:
+        if any(size % model.net.downsampling for size in latent_shape[-2:]):
             raise ValueError(
-                f"latents of {latent_shape[-1]} × {latent_shape[-1]} do not divide by the base model's "
+                f"latents of {latent_shape[-2]} × {latent_shape[-1]} do not divide by the base model's "
                 f"{model.net.downsampling}× (patch and levels of model.net)"
             )
         video = len(latent_shape) == 4

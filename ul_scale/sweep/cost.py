@@ -46,7 +46,7 @@ def base_cost(config: BaseRun, autoencoder: AutoencoderRun) -> Cost:
         "shape": parent.latent_shape,
         "num_pixels": parent.num_pixels,
         "std": 1.0,
-        "num_classes": 0,
+        "num_classes": config.model.num_classes or 0,
         "log_snr_max": autoencoder.loss.log_snr_max,
     }
     with torch.device("meta"):

@@ -22,7 +22,7 @@ def _cell_rows(plan: Plan, cell: Cell) -> list[dict[str, Any]]:
         values = read_evaluation(cell.base_dir, step, evaluation)
         if values is None:
             continue
-        sampling = cell.cost.forward_flops * evaluation.base_steps
+        sampling = cell.cost.forward_flops * evaluation.base_calls
         sampling += cell.autoencoder_cost.decode_flops * evaluation.decoder_steps
         row = {
             "run_id": cell.base_dir.name,

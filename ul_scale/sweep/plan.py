@@ -268,7 +268,7 @@ def _evaluate_node(
     settings = [f"{key}={json.dumps(value)}" for key, value in dataclasses.asdict(evaluation).items()]
     step_args = [argument for step in steps for argument in ("--step", str(step))]
     per_image = autoencoder.decode_flops * evaluation.decoder_steps
-    per_image += base.forward_flops * evaluation.base_steps if base else 0
+    per_image += base.forward_flops * evaluation.base_calls if base else 0
     return Node(
         f"{run_id}/evals",
         "evaluate",

@@ -18,7 +18,7 @@ from ul_scale.data.latents import is_complete
 from ul_scale.data.plan import LanePlan, lane_slots
 from ul_scale.data.stream import LaneStream, make_plan
 from ul_scale.models.flops import num_parameters
-from ul_scale.models.text import text_identity
+from ul_scale.models.text import check_text_encoder, text_identity
 from ul_scale.parallel.build import check_layout
 from ul_scale.stages.autoencoder import AutoencoderStage
 from ul_scale.stages.base import BaseStage
@@ -69,6 +69,7 @@ def prepare(config: RunConfig, world_size: int = 1) -> Prepared:
         latents = facts_on_the_fly(config, index, run_path(config.root)) if on_the_fly else index.extra
         text = config.model.text
         check_embeddings(text, latents, index.url)
+        check_text_encoder(text)
     images = on_the_fly or isinstance(config, AutoencoderRun)
     encoder = text_identity(text) if text is not None else None
     if text is not None and text.encoder is None and latents is not None:
@@ -310,6 +311,10 @@ def _check_latents(config: BaseRun, latents: dict[str, Any]) -> None:
     if (model.num_classes or latents["num_classes"]) < latents["num_classes"]:
         raise ValueError(
             f"model.num_classes is {model.num_classes}, but the latents have {latents['num_classes']}"
+        )
+    if model.num_classes and not latents["num_classes"]:
+        raise ValueError(
+            f"model.num_classes is {model.num_classes}, but the data have no classes; expected null"
         )
     if latents["log_snr_max"] != config.loss.log_snr_max:
         raise ValueError(
