@@ -13,6 +13,7 @@ import torch
 
 from ul_scale.stages.autoencoder import AutoencoderLoss, AutoencoderModel, AutoencoderStage
 from ul_scale.stages.base import BaseLoss, BaseModel, BaseStage
+from ul_scale.stages.fixed import FixedAutoencoder, FixedLoss, FixedModel
 
 FORMAT = 1
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
@@ -34,6 +35,7 @@ def load_exported(folder: str | Path, device: torch.device | str = "cpu") -> Aut
     if not (folder / CONFIG).is_file():
         raise ValueError(f"{folder}: not an export (no {CONFIG}); expected what checkpoint export wrote")
     stage = build_stage(json.loads((folder / CONFIG).read_text()), str(folder / CONFIG))
+    assert not isinstance(stage, FixedAutoencoder)  # which is never exported
     missing, unexpected = stage.load_state_dict(load_file(folder / WEIGHTS), strict=False)
     missing = [name for name in missing if name not in dict(stage.named_buffers())]
     if missing or unexpected:
@@ -44,12 +46,15 @@ def load_exported(folder: str | Path, device: torch.device | str = "cpu") -> Aut
     return stage.to(device).eval().requires_grad_(False)
 
 
-def build_stage(config: dict[str, Any], source: str) -> AutoencoderStage | BaseStage:
+def build_stage(config: dict[str, Any], source: str) -> AutoencoderStage | BaseStage | FixedAutoencoder:
     """Return the stage that ``config.json`` describes, with initial weights; errors name ``source``."""
     if config.get("format") != FORMAT:
         raise ValueError(f"{source}: format is {config.get('format')}; expected {FORMAT}")
     try:
         data = config["data"]
+        if config["kind"] == "fixed_autoencoder":
+            fixed, noise = _section(FixedModel, config["model"]), _section(FixedLoss, config["loss"])
+            return FixedAutoencoder(fixed, noise, image_size=data["image_size"], channels=data["channels"])
         if config["kind"] == "autoencoder":
             model = _section(AutoencoderModel, config["model"])
             loss = _section(AutoencoderLoss, config["loss"])

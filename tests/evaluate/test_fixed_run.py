@@ -51,6 +51,8 @@ def test_pixels_are_encoded_by_one_command_and_trained_on(write_config, pixels):
     result = CliRunner().invoke(app, ["checkpoint", "export", str(worker.prepare(config).run_dir), str(out)])
     assert result.exit_code == 0, result.output
     assert load_exported(out).latent_shape == (16, 4, 4)
+    refused = CliRunner().invoke(app, ["checkpoint", "export", str(pixels), str(out)])
+    assert "there are no weights to export" in str(refused.exception)
     own = evaluate(pixels, 0, TINY)
     assert "bits_per_pixel" not in own and own["psnr"] > 40  # what noise at λ = 10 leaves
 

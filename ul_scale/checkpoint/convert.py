@@ -71,6 +71,8 @@ def export(
     if dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}")
     config = stage_config(run_dir)
+    if config["kind"] == "fixed_autoencoder":
+        raise ValueError(f"{run_dir}: is not trained here; there are no weights to export")
     stage = build_stage(config, str(run_dir))
     taken = _load(stage, run_dir, step, weights, ema_width, log)
     if config["kind"] == "base":  # measured by the run, and kept with its weights
@@ -96,23 +98,14 @@ def stage_config(run_dir: Path) -> dict[str, Any]:
     Of a base model, ``z_std`` is 1 here: its value is in the checkpoints.
     """
     config = read_config(run_dir)
-    if config["kind"] == "fixed_autoencoder":
-        raise ValueError(f"{run_dir}: is not trained here; there are no weights to export")
-    if config["kind"] == "autoencoder":
+    if config["kind"] != "base":
         data = {name: config["data"][name] for name in ("image_size", "channels")}
         if (config["data"].get("frames") or 1) > 1:
             data["frames"] = config["data"]["frames"]
     else:
         parent = run_dir.parent / config["autoencoder"]["run"]
-        autoencoder: Any
         with torch.device("meta"):
-            if read_config(parent)["kind"] == "fixed_autoencoder":
-                # Imported here: the trainer's config reader is of no other use to exports.
-                from ul_scale.train.prepare import build_autoencoder, read_autoencoder
-
-                autoencoder = build_autoencoder(read_autoencoder(parent))
-            else:
-                autoencoder = build_stage(stage_config(parent), str(parent))
+            autoencoder = build_stage(stage_config(parent), str(parent))
         data = {
             "latent_shape": list(autoencoder.latent_shape),
             "num_pixels": autoencoder.num_pixels,
