@@ -133,6 +133,10 @@ def test_sweep(name):
     assert set(sweep.sizes) <= zoo.BASES.keys()
     for template, kind in ((sweep.autoencoder, AutoencoderRun), (sweep.base, BaseRun)):
         assert isinstance(load(f"{Path(name).parent}/{template}"), kind)
+    base = load(f"{Path(name).parent}/{sweep.base}").model
+    assert sweep.encoding.given_frames == base.given_frames
+    stored = base.text is not None and base.text.encoder is None
+    assert (sweep.encoding.text_encoder is not None) == stored
 
 
 def test_configs_say_how_they_are_run():

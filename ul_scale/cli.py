@@ -134,6 +134,7 @@ def encode(
     max_tokens: Annotated[int, typer.Option(help="Of a caption; longer ones are cut.")] = 77,
     text_precision: Annotated[str, typer.Option(help="Of the text encoder: fp32 or bf16.")] = "fp32",
     batch_size: Annotated[int, typer.Option(min=1, help="Images that are encoded at a time.")] = 100,
+    samples_per_shard: Annotated[int, typer.Option(min=1, help="Of the source's samples.")] = 1000,
     max_bad_fraction: Annotated[
         float | None, typer.Option(help="Share that may be left out; by default data.max_bad_fraction.")
     ] = None,
@@ -168,6 +169,7 @@ def encode(
         max_tokens=max_tokens,
         text_precision=text_precision,
         batch_size=batch_size,
+        samples_per_shard=samples_per_shard,
         max_bad_fraction=max_bad_fraction,
     )
     for folder in encode_run(run_dir, step, split or None, config):

@@ -25,7 +25,8 @@ from ul_scale.data.indexing import build_index
 from ul_scale.data.plan import lane_slots
 from ul_scale.data.stream import LaneStream, make_plan
 from ul_scale.evaluate import encode as subject
-from ul_scale.evaluate.encode import EncodeConfig, encode, is_encoded
+from ul_scale.evaluate.encode import EncodeConfig, encode
+from ul_scale.evaluate.encode_jobs import is_encoded
 from ul_scale.evaluate.restore import restore_autoencoder
 from ul_scale.train import worker
 

@@ -1,13 +1,14 @@
 """What a run costs in FLOPs: the abscissa of every chart. A multiply-accumulate counts as 2."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from ul_scale.config import AutoencoderRun, BaseRun
 from ul_scale.models.flops import TRAINING_FACTOR, num_parameters
 from ul_scale.stages.autoencoder import AutoencoderStage
-from ul_scale.train.prepare import build_stage
+from ul_scale.train.prepare import build_stage, latent_facts
 
 
 @dataclass(frozen=True)
@@ -40,15 +41,19 @@ def autoencoder_cost(config: AutoencoderRun) -> Cost:
     return Cost(num_parameters(stage), total, config.train.batch_size, flops["encoder"], flops["decoder"])
 
 
-def base_cost(config: BaseRun, autoencoder: AutoencoderRun) -> Cost:
-    parent = _autoencoder_stage(autoencoder)
-    latents = {
-        "shape": parent.latent_shape,
-        "num_pixels": parent.num_pixels,
-        "std": 1.0,
-        "num_classes": config.model.num_classes or 0,
-        "log_snr_max": autoencoder.loss.log_snr_max,
-    }
+def base_cost(config: BaseRun, autoencoder: AutoencoderRun, further: dict[str, Any]) -> Cost:
+    """Return a base model's cost.
+
+    Args:
+        config: of the base model.
+        autoencoder: whose latents it is trained on.
+        further: what there is beside the latents, as ``encode_jobs.Job.further``.
+
+    Raises:
+        ValueError: if the latents are not those that the model expects.
+    """
+    facts = latent_facts(_autoencoder_stage(autoencoder))
+    latents = {**facts, "std": 1.0, "num_classes": config.model.num_classes or 0, **further}
     with torch.device("meta"):
         stage = build_stage(config, latents)
     return Cost(num_parameters(stage), sum(stage.forward_flops().values()), config.train.batch_size)

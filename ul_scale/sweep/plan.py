@@ -14,12 +14,20 @@ from ul_scale import config as configs
 from ul_scale.checkpoint import store
 from ul_scale.config import AutoencoderRun, BaseRun, RunConfig
 from ul_scale.data.stream import make_plan
-from ul_scale.evaluate.encode import is_encoded
+from ul_scale.evaluate.encode_jobs import (
+    SPLITS,
+    EncodeConfig,
+    check_settings,
+    is_encoded,
+    make_job,
+    text_config,
+)
 from ul_scale.evaluate.features import load_network
 from ul_scale.evaluate.metrics import EvaluationConfig, held_out, metric_name, read_evaluation
-from ul_scale.models.text import text_identity
+from ul_scale.models.text import TextConfig, check_text_encoder
 from ul_scale.models.zoo import BASES
 from ul_scale.sweep.cost import Cost, autoencoder_cost, base_cost
+from ul_scale.train.conditions import check_embeddings, embeddings_identity
 from ul_scale.train.prepare import prepare
 
 RunT = TypeVar("RunT", AutoencoderRun, BaseRun)
@@ -36,6 +44,12 @@ class SweepConfig:
     """Config of the autoencoders, relative to the sweep's file."""
     base: str
     """Config of the base models, relative to the sweep's file."""
+    autoencoder_overrides: list[str] = field(default_factory=list)
+    """Of the autoencoders' config, such as where the data are."""
+    base_overrides: list[str] = field(default_factory=list)
+    """Of the base models' config."""
+    encoding: EncodeConfig = field(default_factory=EncodeConfig)
+    """How latents are stored, and what beside them: given frames, embeddings of captions."""
     loss_factors: list[float] = field(default_factory=list)
     """c_lf of an autoencoder each."""
     targets_bits_per_pixel: list[float] = field(default_factory=list)
@@ -139,6 +153,7 @@ def plan_sweep(sweep: SweepConfig, folder: Path) -> Plan:
     if "://" in sweep.root:
         raise ValueError(f"root is {sweep.root}; expected a local directory: sweeps do not run in buckets")
     directory = Path(sweep.root) / "sweeps" / sweep.name
+    stored_text = text_config(sweep.encoding)
     nodes: list[Node] = []
     runs: dict[str, RunConfig] = {}
     cells: list[Cell] = []
@@ -149,7 +164,7 @@ def plan_sweep(sweep: SweepConfig, folder: Path) -> Plan:
         autoencoder = _template(
             folder / sweep.autoencoder,
             sweep,
-            [f"loss.{setting}={value}", f"seed={sweep.autoencoder_seed}"],
+            [*sweep.autoencoder_overrides, f"loss.{setting}={value}", f"seed={sweep.autoencoder_seed}"],
             {"name": f"autoencoder-{dial}"},
         )
         assert isinstance(autoencoder, AutoencoderRun)
@@ -159,13 +174,14 @@ def plan_sweep(sweep: SweepConfig, folder: Path) -> Plan:
         held_out(autoencoder, sweep.evaluation.samples)
         index, run_id, run_dir = prepared.index, prepared.run_id, prepared.run_dir
         runs[run_id] = autoencoder
+        further = _further(run_dir, last, autoencoder, sweep.encoding, stored_text)
         ae_cost = autoencoder_cost(autoencoder)
         nodes += [
             _train_node(run_id, "autoencoder", directory, run_dir, last, ae_cost.train_flops(last), ()),
             Node(
                 f"{run_id}/latents",
                 "encode",
-                ("encode", str(run_dir), "--step", str(last)),
+                ("encode", str(run_dir), "--step", str(last), *_options(sweep.encoding)),
                 run_dir,
                 0,
                 ae_cost.encode_flops * len(index),
@@ -179,7 +195,12 @@ def plan_sweep(sweep: SweepConfig, folder: Path) -> Plan:
                 base = _template(
                     folder / sweep.base,
                     sweep,
-                    [f"model.size={size}", f"seed={seed}", *sweep.size_overrides.get(size, [])],
+                    [
+                        *sweep.base_overrides,
+                        f"model.size={size}",
+                        f"seed={seed}",
+                        *sweep.size_overrides.get(size, []),
+                    ],
                     {"name": f"base-{dial}-{size}", "autoencoder": {"run": run_id, "step": last}},
                 )
                 assert isinstance(base, BaseRun)
@@ -189,9 +210,11 @@ def plan_sweep(sweep: SweepConfig, folder: Path) -> Plan:
                 base = _keeping(base, points)
                 make_plan(index, base.data, seed=seed, batch_size=base.train.batch_size)
                 text = base.model.text
-                base_id = configs.run_id(base, None, text_identity(text) if text is not None else None)
+                check_embeddings(text, further, f"{run_id}/latents")
+                check_text_encoder(text)
+                base_id = configs.run_id(base, None, embeddings_identity(text, further))
                 runs[base_id] = base
-                base_dir, cost = Path(sweep.root) / base_id, base_cost(base, autoencoder)
+                base_dir, cost = Path(sweep.root) / base_id, base_cost(base, autoencoder, further)
                 _check_points(base_dir, points, sweep.evaluation)
                 latents = f"{run_id}/latents"
                 training = cost.train_flops(base.train.last_step)
@@ -231,8 +254,32 @@ def _check_points(run_dir: Path, points: list[int], evaluation: EvaluationConfig
             )
 
 
+def _further(
+    run_dir: Path, step: int, run: AutoencoderRun, encoding: EncodeConfig, text: TextConfig | None
+) -> dict[str, Any]:
+    """Return what there will be beside latents; raise if some are there that were stored otherwise."""
+    jobs = [make_job(run_dir, step, run.data, split, encoding, text) for split in SPLITS]
+    for job in jobs:
+        check_settings(job)
+    return jobs[0].further
+
+
+def _options(encoding: EncodeConfig) -> list[str]:
+    """Return the options of ``ul-scale encode`` that say the same."""
+    options = []
+    for entry in dataclasses.fields(encoding):
+        value, name = getattr(encoding, entry.name), entry.name.replace("_", "-")
+        if value == entry.default:
+            continue
+        if isinstance(value, bool):
+            options.append(f"--{name}" if value else f"--no-{name}")
+        else:
+            options += [f"--{name}", str(value)]
+    return options
+
+
 def _is_encoded(run_dir: Path, step: int) -> bool:
-    return all(is_encoded(run_dir, step, split) for split in ("train", "val"))
+    return all(is_encoded(run_dir, step, split) for split in SPLITS)
 
 
 def config_path(directory: Path, run_id: str) -> Path:

@@ -18,12 +18,12 @@ from ul_scale.data.latents import is_complete
 from ul_scale.data.plan import LanePlan, lane_slots
 from ul_scale.data.stream import LaneStream, make_plan
 from ul_scale.models.flops import num_parameters
-from ul_scale.models.text import check_text_encoder, text_identity
+from ul_scale.models.text import check_text_encoder
 from ul_scale.parallel.build import check_layout
 from ul_scale.stages.autoencoder import AutoencoderStage
 from ul_scale.stages.base import BaseStage
 from ul_scale.stages.fixed import FixedAutoencoder
-from ul_scale.train.conditions import check_embeddings, reading_text
+from ul_scale.train.conditions import check_embeddings, embeddings_identity, reading_text
 from ul_scale.train.metrics import last_row
 from ul_scale.train.preemption import fits_notice, notice_in_force
 
@@ -71,9 +71,7 @@ def prepare(config: RunConfig, world_size: int = 1) -> Prepared:
         check_embeddings(text, latents, index.url)
         check_text_encoder(text)
     images = on_the_fly or isinstance(config, AutoencoderRun)
-    encoder = text_identity(text) if text is not None else None
-    if text is not None and text.encoder is None and latents is not None:
-        encoder = configs.hash10(latents["text"])  # which encoder made the embeddings that are stored
+    encoder = embeddings_identity(text, latents or {})
     run_id = configs.run_id(config, index.identity if images else None, encoder)
     data = reading_text(config.data, text)
     plan = make_plan(index, data, seed=config.seed, batch_size=config.train.batch_size)
