@@ -236,7 +236,7 @@ def evaluate(
     from omegaconf import OmegaConf
 
     from ul_scale.config import apply_overrides, structure
-    from ul_scale.evaluate.metrics import EvaluationConfig
+    from ul_scale.evaluate.metrics import EvaluationConfig, evaluation_dir
     from ul_scale.evaluate.metrics import evaluate as evaluate_run
     from ul_scale.evaluate.restore import newest_step
 
@@ -245,6 +245,7 @@ def evaluate(
     run_dir = local_run(run)
     for number in step or [newest_step(run_dir)]:
         print(json.dumps(evaluate_run(run_dir, number, evaluation), indent=1), flush=True)
+        print(f"figures and pictures: {evaluation_dir(run_dir, number)}", file=sys.stderr)
 
 
 @sweep_app.command("run")

@@ -8,7 +8,13 @@ from templates import AUTOENCODER, BASE
 from ul_scale import config as configs
 from ul_scale.checkpoint import state, store
 from ul_scale.evaluate.encode import encode
-from ul_scale.evaluate.metrics import EvaluationConfig, evaluate, held_out_bits, read_evaluation
+from ul_scale.evaluate.metrics import (
+    EvaluationConfig,
+    evaluate,
+    held_out_bits,
+    picture_path,
+    read_evaluation,
+)
 from ul_scale.evaluate.restore import restore_autoencoder
 from ul_scale.models.uvit import LevelConfig, UViTConfig
 from ul_scale.stages.base import BaseLoss, BaseModel, BaseStage
@@ -65,10 +71,15 @@ def test_evaluations_are_measured_once_and_again_when_asked_otherwise(autoencode
     assert first["rfd_effnet_lite0"] > 0 and first["bits_per_pixel_ci95"] > 0
     folder = autoencoder / "evals" / "step_00000003"
     assert json.loads((folder / "metrics.json").read_text()) == first
-    assert (folder / "reconstructions.png").stat().st_size > 100
+    newest, own = folder / "reconstructions.png", picture_path(autoencoder, 3, TINY, "reconstructions")
+    assert newest.read_bytes() == own.read_bytes() and own.stat().st_size > 100
     assert evaluate(autoencoder, 3, TINY) == first  # the seconds it took included: not measured again
-    other = EvaluationConfig(**(vars(TINY) | {"samples": 5}))
+    other = EvaluationConfig(**(vars(TINY) | {"seed": 1}))
     assert read_evaluation(autoencoder, 3, other) is None
+    picture = own.read_bytes()
+    evaluate(autoencoder, 3, other)
+    # Another evaluation's pictures take no other's place.
+    assert own.read_bytes() == picture != newest.read_bytes()
 
 
 def test_evaluations_do_not_depend_on_the_batch_size(autoencoder):
@@ -101,6 +112,7 @@ def test_base_model_is_evaluated_through_its_autoencoder(autoencoder, write_conf
 def test_bad_requests_are_named(autoencoder, tmp_path):
     with pytest.raises(ValueError, match="no complete checkpoint at step 7; complete: \\[3\\]"):
         evaluate(autoencoder, 7, TINY)
+    assert not (autoencoder / "evals").exists()
     with pytest.raises(ValueError, match="evaluation.samples is 99, but .* has 16 held-out samples"):
         evaluate(autoencoder, 3, EvaluationConfig(samples=99))
     with pytest.raises(ValueError, match="not a run directory"):

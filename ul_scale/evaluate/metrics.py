@@ -92,6 +92,11 @@ def evaluation_id(config: EvaluationConfig) -> str:
     return hash10(identity(config))
 
 
+def picture_path(run_dir: Path, step: int, config: EvaluationConfig, name: str) -> Path:
+    """Return where an evaluation keeps its ``samples`` or ``reconstructions``."""
+    return evaluation_dir(run_dir, step) / f"{name}-{evaluation_id(config)}.png"
+
+
 def read_evaluation(run_dir: Path, step: int, config: EvaluationConfig) -> dict[str, Any] | None:
     """Return metrics.json if the step was evaluated in this way, else None."""
     path = evaluation_dir(run_dir, step) / f"metrics-{evaluation_id(config)}.json"
@@ -101,8 +106,10 @@ def read_evaluation(run_dir: Path, step: int, config: EvaluationConfig) -> dict[
 def evaluate(run_dir: Path, step: int, config: EvaluationConfig) -> dict[str, Any]:
     """Evaluate a run at a step, or return what is there already.
 
+    Files are named by the evaluation's id; those without one are copies of the newest evaluation's.
+
     Raises:
-        ValueError: if the run has no held-out data, or fewer held-out images than asked for.
+        ValueError: if the run has no held-out data, or fewer held-out images than asked for, or no such step.
     """
     run_dir = run_dir.resolve()
     run = read_config(run_dir)
@@ -110,11 +117,9 @@ def evaluate(run_dir: Path, step: int, config: EvaluationConfig) -> dict[str, An
     if done is not None:
         return done
     started = time.monotonic()
-    out_dir = evaluation_dir(run_dir, step)
-    out_dir.mkdir(parents=True, exist_ok=True)
     with torch.no_grad():
         evaluate_kind = _evaluate_base if isinstance(run, BaseRun) else _evaluate_autoencoder
-        values = evaluate_kind(run_dir, step, config, out_dir)
+        values = evaluate_kind(run_dir, step, config)
     values |= {
         "step": step,
         "n": config.samples,
@@ -122,15 +127,16 @@ def evaluate(run_dir: Path, step: int, config: EvaluationConfig) -> dict[str, An
         "evaluation": asdict(config),
         "seconds": time.monotonic() - started,
     }
+    out_dir, suffix = evaluation_dir(run_dir, step), f"-{evaluation_id(config)}"
+    for picture in out_dir.glob(f"*{suffix}.*"):
+        write_atomic(out_dir / picture.name.replace(suffix, ""), picture.read_bytes())
     text = json.dumps(values, indent=1).encode()
     write_atomic(out_dir / "metrics.json", text)
-    write_atomic(out_dir / f"metrics-{evaluation_id(config)}.json", text)
+    write_atomic(out_dir / f"metrics{suffix}.json", text)
     return values
 
 
-def _evaluate_autoencoder(
-    run_dir: Path, step: int, config: EvaluationConfig, out_dir: Path
-) -> dict[str, Any]:
+def _evaluate_autoencoder(run_dir: Path, step: int, config: EvaluationConfig) -> dict[str, Any]:
     run, stage = restore_autoencoder(run_dir, step)
     index = held_out(run, config.samples)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -150,7 +156,9 @@ def _evaluate_autoencoder(
         reconstructed.append(extract_features(network, frames_of(x_hat)))
         if start == 0:
             shown = 16 if x.ndim == 4 else 4
-            images.save_pairs(x[:shown].cpu(), x_hat[:shown].cpu(), out_dir / "reconstructions.png")
+            path = picture_path(run_dir, step, config, "reconstructions")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            images.save_pairs(x[:shown].cpu(), x_hat[:shown].cpu(), path)
     reference = reference_features(run_dir.parent, index, run, config, network)
     metric = metric_name(config, video=run.data.clip_frames is not None)
     values = {}
@@ -165,7 +173,7 @@ def _evaluate_autoencoder(
     }
 
 
-def _evaluate_base(run_dir: Path, step: int, config: EvaluationConfig, out_dir: Path) -> dict[str, Any]:
+def _evaluate_base(run_dir: Path, step: int, config: EvaluationConfig) -> dict[str, Any]:
     run, base = restore_base(run_dir, step)
     parent, autoencoder = restore_autoencoder(run_dir.parent / run.autoencoder.run, run.autoencoder.step)
     index = held_out(parent, config.samples)
@@ -189,7 +197,8 @@ def _evaluate_base(run_dir: Path, step: int, config: EvaluationConfig, out_dir: 
         ).clamp(-1, 1)
         generated.append(extract_features(network, frames_of(x)))
         if start == 0:
-            _save_samples(x.cpu(), batch.get("text"), base.given_frames, out_dir)
+            path = picture_path(run_dir, step, config, "samples")
+            _save_samples(x.cpu(), batch.get("text"), base.given_frames, path)
     reference = reference_features(run_dir.parent, index, parent, config, network)
     metric = metric_name(config, video=parent.data.clip_frames is not None)
     return {
@@ -259,11 +268,12 @@ def metric_name(config: EvaluationConfig, *, video: bool) -> str:
     return f"frames_{config.features}" if video else config.features
 
 
-def _save_samples(x: Tensor, texts: list[str] | None, given_frames: int | None, out_dir: Path) -> None:
+def _save_samples(x: Tensor, texts: list[str] | None, given_frames: int | None, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
     if x.ndim == 5:
-        images.save_clips(x[:8], out_dir / "samples.png", given_frames=given_frames or 0)
+        images.save_clips(x[:8], path, given_frames=given_frames or 0)
     else:
-        images.save_grid(x[:40], out_dir / "samples.png", columns=10, captions=(texts or ())[:40])
+        images.save_grid(x[:40], path, columns=10, captions=(texts or ())[:40])
 
 
 def held_out(run: AnyAutoencoder, samples: int) -> Index:

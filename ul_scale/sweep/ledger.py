@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from ul_scale.evaluate.metrics import evaluation_dir, read_evaluation
+from ul_scale.evaluate.metrics import picture_path, read_evaluation
 from ul_scale.sweep.plan import Cell, Plan
 
 
@@ -16,7 +16,7 @@ def _cell_rows(plan: Plan, cell: Cell) -> list[dict[str, Any]]:
     last = cell.autoencoder.train.last_step
     reconstruction = read_evaluation(cell.autoencoder_dir, last, evaluation) or {}
     metric = plan.metric
-    pictures = evaluation_dir(cell.autoencoder_dir, last) / "reconstructions.png"
+    pictures = picture_path(cell.autoencoder_dir, last, evaluation, "reconstructions")
     rows = []
     for step in cell.evaluation_steps:
         values = read_evaluation(cell.base_dir, step, evaluation)
@@ -45,7 +45,7 @@ def _cell_rows(plan: Plan, cell: Cell) -> list[dict[str, Any]]:
             metric: values[metric],
             "base_bits_per_pixel": values["base_bits_per_pixel"],
             "n": values["n"],
-            "samples_png": str(evaluation_dir(cell.base_dir, step) / "samples.png"),
+            "samples_png": str(picture_path(cell.base_dir, step, evaluation, "samples")),
             "reconstructions_png": str(pictures) if pictures.is_file() else None,
         }
         rows.append({key: value for key, value in row.items() if value is not None})
