@@ -121,7 +121,9 @@ def test_a_finished_sweep_says_so_and_has_a_report(undisturbed):
 
 def test_another_size_runs_only_what_is_new(undisturbed):
     code, output = finish(start("run", undisturbed[0], ONE[0], "sizes=[tiny-s,tiny-m]", "--dry-run"))
-    assert code == 0 and "2 of 7 parts to run" in output
+    assert code == 0 and "2 of 7 parts to run" in output and "warning" not in output
+    code, output = finish(start("run", undisturbed[0], "loss_factors=[0.9]", "--dry-run"))
+    assert code == 0 and "warning: loss.loss_factor is 0.9; expected above 1" in output
 
 
 def any_base(tmp_path):

@@ -5,11 +5,13 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from ul_scale.config import AutoencoderRun
 from ul_scale.sweep.ledger import read_rows
 from ul_scale.sweep.local import Interrupted, Machine, run_sweep, this_machine
 from ul_scale.sweep.plan import Plan, load_sweep, plan_sweep
 from ul_scale.sweep.report import summary_table, write_report
 from ul_scale.sweep.summary import finding, summarise
+from ul_scale.train.collapse import warn_of_loss_factor
 from ul_scale.train.worker import EXIT_DONE, EXIT_RUN_AGAIN
 
 EXIT_FAILED = 1
@@ -18,6 +20,10 @@ EXIT_FAILED = 1
 def run(path: str, overrides: list[str], *, slots: int | None = None, dry_run: bool = False) -> int:
     """Run what is missing of a sweep and write its report; return the exit code."""
     plan, machine, console = plan_sweep(*load_sweep(path, overrides)), this_machine(slots), Console()
+    for run in plan.runs.values():
+        warning = warn_of_loss_factor(run.loss, run.model) if isinstance(run, AutoencoderRun) else None
+        if warning is not None:
+            console.print(warning, style="yellow", highlight=False)
     missing = [node for node in plan.nodes if not node.done()]
     if dry_run:
         console.print(plan_table(plan, machine))

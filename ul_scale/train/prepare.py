@@ -107,12 +107,14 @@ def training_url(config: RunConfig) -> str:
     """Return the URL of the shards that a run trains on: latents of a base model, else images.
 
     Raises:
-        ValueError: if the latents are not encoded yet, or the data are not set.
+        ValueError: if there is no such autoencoder, if its latents are not encoded yet, or if the data are
+            not set.
     """
     if isinstance(config, BaseRun) and not config.autoencoder.on_the_fly:
         parent = config.autoencoder
         url = str(latents_dir(config.root, parent.run, parent.step))
         if not is_complete(url):
+            read_autoencoder(run_path(config.root) / parent.run)
             raise ValueError(
                 f"{url}: no latents of autoencoder {parent.run} at step {parent.step}; first run: "
                 f"ul-scale encode {run_path(config.root) / parent.run} --step {parent.step}"
