@@ -32,7 +32,7 @@ def test_a_collapsing_latent_is_told_of_once_with_step_value_and_remedy():
 
 
 def test_information_is_what_lies_above_the_kl():
-    enough = 8 * 0.05 / (64 * math.log(2))
+    enough = 8 * 0.1 / (64 * math.log(2))
     assert not told([(20, terms(enough))])
     assert told([(20, terms(enough, kl=0.9 * enough))])
 
