@@ -27,8 +27,8 @@ from ul_scale.evaluate.metrics import EvaluationConfig, held_out, metric_name, r
 from ul_scale.models.text import TextConfig, check_text_encoder
 from ul_scale.models.zoo import BASES
 from ul_scale.sweep.cost import Cost, autoencoder_cost, base_cost
-from ul_scale.train.conditions import check_embeddings, embeddings_identity
-from ul_scale.train.prepare import prepare
+from ul_scale.train.conditions import check_embeddings
+from ul_scale.train.prepare import embeddings_identity, prepare
 
 RunT = TypeVar("RunT", AutoencoderRun, BaseRun)
 

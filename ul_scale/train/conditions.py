@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 
-from ul_scale import config as configs
 from ul_scale.data.config import DataConfig
 from ul_scale.data.stream import Batch
 from ul_scale.models.text import TextConfig, TextEncoder, text_identity
@@ -66,13 +65,6 @@ def check_embeddings(text: TextConfig | None, facts: dict[str, Any], url: str) -
             f"model.text has width {text.width} and max_tokens {text.max_tokens}, but the embeddings of "
             f"{url} (by {found['encoder']}) have {found['width']} and {found['max_tokens']}"
         )
-
-
-def embeddings_identity(text: TextConfig | None, facts: dict[str, Any]) -> str | None:
-    """Return which encoder makes a run's embeddings, or made those of the set that ``facts`` are of."""
-    if text is not None and text.encoder is None:
-        return configs.hash10(facts["text"])
-    return text_identity(text) if text is not None else None
 
 
 def text_facts(text: TextConfig) -> dict[str, Any]:

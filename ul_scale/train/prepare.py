@@ -18,12 +18,12 @@ from ul_scale.data.latents import is_complete
 from ul_scale.data.plan import LanePlan, lane_slots
 from ul_scale.data.stream import LaneStream, make_plan
 from ul_scale.models.flops import num_parameters
-from ul_scale.models.text import check_text_encoder
+from ul_scale.models.text import TextConfig, check_text_encoder, text_identity
 from ul_scale.parallel.build import check_layout
 from ul_scale.stages.autoencoder import AutoencoderStage
 from ul_scale.stages.base import BaseStage
 from ul_scale.stages.fixed import FixedAutoencoder
-from ul_scale.train.conditions import check_embeddings, embeddings_identity, reading_text
+from ul_scale.train.conditions import check_embeddings, reading_text
 from ul_scale.train.metrics import last_row
 from ul_scale.train.preemption import fits_notice, notice_in_force
 
@@ -82,6 +82,13 @@ def prepare(config: RunConfig, world_size: int = 1) -> Prepared:
     prepared = Prepared(config, data, run_id, run_dir, index, plan, latents, world_size)
     check_layout(config.parallel, world_size, prepared.samples_per_rank)
     return prepared
+
+
+def embeddings_identity(text: TextConfig | None, facts: dict[str, Any]) -> str | None:
+    """Return which encoder makes a run's embeddings, or made those of the set that ``facts`` are of."""
+    if text is not None and text.encoder is None:
+        return configs.hash10(facts["text"])
+    return text_identity(text) if text is not None else None
 
 
 def _check_target(config: RunConfig) -> None:
