@@ -106,6 +106,7 @@ def test_every_part_runs_as_planned(sweep_path):
         ("encoding.given_frames=null", "given_frames is 5, but the latents were encoded with none"),
         ("encoding.text_encoder=null", "has no embeddings of captions"),
         ("encoding.max_tokens=9", "max_tokens 6, but the embeddings"),
+        ("base_overrides=[autoencoder.on_the_fly=true]", "on_the_fly is true; expected false"),
         ("encoding.given_frames=8", "given_frames is 8, but .* encodes clips of 8 frames"),
     ],
 )

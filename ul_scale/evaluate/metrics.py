@@ -1,7 +1,6 @@
 """Evaluations of a run at a step: ``evals/step_N/metrics.json`` and the pictures beside it.
 
-Measured in another way, a step has a ``metrics-<id>.json`` more; ``metrics.json`` and the pictures are the
-newest's.
+Each way of measuring a step has files of its own, named by its id; those without one are the newest's.
 """
 
 import json
@@ -105,8 +104,6 @@ def read_evaluation(run_dir: Path, step: int, config: EvaluationConfig) -> dict[
 
 def evaluate(run_dir: Path, step: int, config: EvaluationConfig) -> dict[str, Any]:
     """Evaluate a run at a step, or return what is there already.
-
-    Files are named by the evaluation's id; those without one are copies of the newest evaluation's.
 
     Raises:
         ValueError: if the run has no held-out data, or fewer held-out images than asked for, or no such step.

@@ -20,10 +20,10 @@ EXIT_FAILED = 1
 def run(path: str, overrides: list[str], *, slots: int | None = None, dry_run: bool = False) -> int:
     """Run what is missing of a sweep and write its report; return the exit code."""
     plan, machine, console = plan_sweep(*load_sweep(path, overrides)), this_machine(slots), Console()
-    for run in plan.runs.values():
-        warning = warn_of_loss_factor(run.loss, run.model) if isinstance(run, AutoencoderRun) else None
-        if warning is not None:
-            console.print(warning, style="yellow", highlight=False)
+    for config in plan.runs.values():
+        if isinstance(config, AutoencoderRun):
+            if warning := warn_of_loss_factor(config.loss, config.model):
+                console.print(warning, style="yellow", highlight=False)
     missing = [node for node in plan.nodes if not node.done()]
     if dry_run:
         console.print(plan_table(plan, machine))

@@ -204,6 +204,11 @@ def plan_sweep(sweep: SweepConfig, folder: Path) -> Plan:
                     {"name": f"base-{dial}-{size}", "autoencoder": {"run": run_id, "step": last}},
                 )
                 assert isinstance(base, BaseRun)
+                if base.autoencoder.on_the_fly:
+                    raise ValueError(
+                        f"{folder / sweep.base}: autoencoder.on_the_fly is true; expected false: the base "
+                        "models of a sweep are trained on latents that are encoded once"
+                    )
                 points = evaluation_steps(
                     base.train.last_step, sweep.evaluation_points, sweep.evaluation_span
                 )

@@ -11,7 +11,7 @@ from ul_scale.train.metrics import BITS_PER_PIXEL
 
 MIN_NATS_PER_DIM = 0.05
 """The paper's useful latents carry 0.1 and more, its failure (λ_z(0) = 10) 0.04; a small autoencoder's at
-c_lf ≤ 1 ended at 0.03 on Fashion-MNIST (docs/method.md)."""
+c_lf ≤ 1 ended at 0.03 on Fashion-MNIST (configs/README.md)."""
 WATCHED_AFTER = 0.1
 """Share of a run after which its latent is judged: it comes to life only once the decoder looks at it."""
 

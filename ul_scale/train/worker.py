@@ -39,11 +39,7 @@ from ul_scale.train.noise_bins import NoiseBins
 from ul_scale.train.notices import find_deadline
 from ul_scale.train.optim import build_optimizer
 from ul_scale.train.preemption import StopRequest, leaving_on_signals
-from ul_scale.train.prepare import (
-    Prepared,
-    check_resumable,
-    prepare,
-)
+from ul_scale.train.prepare import Prepared, check_resumable, prepare
 from ul_scale.train.profile import profiler
 from ul_scale.train.provenance import write_provenance
 from ul_scale.train.saves import Saves
