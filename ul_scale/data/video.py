@@ -221,11 +221,11 @@ def _collect(frames: Iterable[Any], wanted: np.ndarray, finish: Finish) -> list[
 
 
 def frame_image(frame: Any) -> Image.Image:
-    """Return a frame as a player shows it."""
+    """Return a frame as a player shows it, converted in one thread: several race in libswscale."""
     if any(component.is_alpha for component in frame.format.components):
-        image = flatten(Image.fromarray(frame.to_ndarray(format="rgba")))
+        image = flatten(Image.fromarray(frame.to_ndarray(format="rgba", threads=1)))
     else:
-        image = Image.fromarray(frame.to_ndarray(format="rgb24"))
+        image = Image.fromarray(frame.to_ndarray(format="rgb24", threads=1))
     turns = frame.rotation // 90 % 4
     return image.transpose(_QUARTER_TURNS[turns]) if turns else image
 

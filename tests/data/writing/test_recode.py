@@ -1,9 +1,12 @@
 """Images and videos that are written again, and damaged ones: against Pillow, numpy and known frames."""
 
+import hashlib
 import io
+import multiprocessing
 import shutil
 import struct
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
 from fractions import Fraction
 from pathlib import Path
 
@@ -193,6 +196,18 @@ def test_a_written_video_is_always_the_same_and_can_be_sought() -> None:
     with av.open(io.BytesIO(written)) as container:
         keys = [packet.pts * packet.time_base for packet in container.demux(video=0) if packet.is_keyframe]
     assert np.all(np.diff([float(key) for key in keys]) <= 1) and len(keys) >= 2
+
+
+def digests(data: bytes, times: int) -> set[str]:
+    encoding = Encoding(shortest_side=32, frame_rate=20)
+    return {hashlib.sha256(recode_video(data, "mp4", encoding)[1]).hexdigest() for _ in range(times)}
+
+
+@pytest.mark.exhaustive
+def test_busy_processes_write_a_video_the_same_thousands_of_times() -> None:
+    with ProcessPoolExecutor(4, mp_context=multiprocessing.get_context("spawn")) as pool:
+        found = set().union(*pool.map(digests, [video(60)] * 4, [1500] * 4))
+    assert len(found) == 1
 
 
 @pytest.mark.parametrize(("number", "part"), [(1, "webm"), (2, "mp4")])
