@@ -270,7 +270,12 @@ def hash10(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:10]
 
 
-def run_id(config: RunConfig | FixedRun, data_identity: str | None, text_identity: str | None = None) -> str:
+def run_id(
+    config: RunConfig | FixedRun,
+    data_identity: str | None,
+    text_identity: str | None = None,
+    stored: dict[str, Any] | None = None,
+) -> str:
     """Return ``<name>-<hash10>``: what the run computes, not where or how.
 
     Args:
@@ -278,8 +283,11 @@ def run_id(config: RunConfig | FixedRun, data_identity: str | None, text_identit
         data_identity: dataset id and fingerprint of the training shards; None for a base model, whose
             data are given by ``autoencoder.run`` and ``autoencoder.step``.
         text_identity: of the text encoder that runs beside it.
+        stored: how a base model's latents were stored, where not as ``encode`` does by default.
     """
     counted = {"method_version": METHOD_VERSION, "data_identity": data_identity, **identity(config)}
     if text_identity is not None:
         counted["text_identity"] = text_identity
+    if stored:
+        counted["stored"] = stored
     return f"{config.name}-{hash10(counted)}"

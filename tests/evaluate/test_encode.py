@@ -305,6 +305,8 @@ def test_a_collapsed_autoencoder_is_refused(run_dir, monkeypatch):
     [
         ({"dtype": "bf16"}, r"dtype is bf16; expected one of fp32, fp16 \(.npy files hold no bf16\)"),
         ({"batch_size": 0}, "batch_size is 0; expected 1 or more"),
+        ({"max_tokens": 50}, "max_tokens is 50 and text_encoder is not set; expected both"),
+        ({"text_precision": "bf16"}, "text_precision is bf16 and text_encoder is not set; expected both"),
         ({"max_bad_fraction": 2.0}, "max_bad_fraction is 2.0; expected 0 to 1"),
     ],
 )

@@ -92,7 +92,7 @@ def test_every_part_runs_as_planned(sweep_path):
         assert node.done(), node.id
     [cell] = plan.cells
     assert cell.base.optim.lr == 3e-3
-    # The run id counts the encoder of embeddings, which the plan knew before there were any.
+    # The run id counts the encoder of embeddings and how latents are stored, before there are any.
     assert prepare(cell.base).run_id == cell.base_dir.name
     [row] = read_rows(plan)
     assert plan.metric.startswith("frames_") and np.isfinite(row[plan.metric])
@@ -100,11 +100,19 @@ def test_every_part_runs_as_planned(sweep_path):
         plan_sweep(*load_sweep(sweep_path, ["encoding.dtype=fp32"]))
 
 
+@pytest.mark.parametrize("how", ["dtype=fp32", "captions=null", "samples_per_shard=1000", "flipped=true"])
+def test_base_models_are_told_apart_by_how_their_latents_are_stored(sweep_path, how):
+    ids = [cell.base_dir.name for cell in plan_sweep(*load_sweep(sweep_path)).cells]
+    others = [cell.base_dir.name for cell in plan_sweep(*load_sweep(sweep_path, [f"encoding.{how}"])).cells]
+    assert not {*ids} & {*others}
+
+
 @pytest.mark.parametrize(
     ("override", "line"),
     [
         ("encoding.given_frames=null", "given_frames is 5, but the latents were encoded with none"),
-        ("encoding.text_encoder=null", "has no embeddings of captions"),
+        ("encoding={given_frames: 5}", "has no embeddings of captions"),
+        ("encoding.text_encoder=null", "max_tokens is 6 and text_encoder is not set"),
         ("encoding.max_tokens=9", "max_tokens 6, but the embeddings"),
         ("base_overrides=[autoencoder.on_the_fly=true]", "on_the_fly is true; expected false"),
         ("encoding.given_frames=8", "given_frames is 8, but .* encodes clips of 8 frames"),

@@ -62,6 +62,18 @@ class EncodeConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected 1 or more")
         if self.max_bad_fraction is not None and not 0 <= self.max_bad_fraction <= 1:
             raise ValueError(f"max_bad_fraction is {self.max_bad_fraction}; expected 0 to 1")
+        for name in ("max_tokens", "text_precision") if self.text_encoder is None else ():
+            if getattr(self, name) != getattr(EncodeConfig, name):
+                raise ValueError(
+                    f"{name} is {getattr(self, name)} and text_encoder is not set; expected both"
+                )
+
+    def stored(self) -> dict[str, Any]:
+        """Return what a base model is told apart by: settings of what is stored that are not the default."""
+        names = ("dtype", "flipped", "captions", "samples_per_shard")
+        return {
+            name: getattr(self, name) for name in names if getattr(self, name) != getattr(EncodeConfig, name)
+        }
 
 
 @dataclass(frozen=True)
@@ -75,7 +87,8 @@ class Job:
         folder: of the latents.
         config: how latents are made and stored.
         settings: all that decides what the shards hold, as it is written down beside them.
-        further: those of them that say what there is beside latents and captions.
+        further: those of them that base models are told: what there is beside latents and captions, and what
+            is stored otherwise than by default.
         max_left_out: so many samples may be left out.
     """
 
@@ -148,6 +161,8 @@ def make_job(
             what = f"clips of {data.frames} frames" if data.clip_frames else "images"
             raise ValueError(f"given_frames is {config.given_frames}, but {run_dir} encodes {what}")
         further["given_frames"] = config.given_frames
+    if config.stored():
+        further["stored"] = config.stored()
     limit = data.max_bad_fraction if config.max_bad_fraction is None else config.max_bad_fraction
     return Job(
         split=split,

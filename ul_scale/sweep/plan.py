@@ -217,7 +217,9 @@ def plan_sweep(sweep: SweepConfig, folder: Path) -> Plan:
                 text = base.model.text
                 check_embeddings(text, further, f"{run_id}/latents")
                 check_text_encoder(text)
-                base_id = configs.run_id(base, None, embeddings_identity(text, further))
+                base_id = configs.run_id(
+                    base, None, embeddings_identity(text, further), further.get("stored")
+                )
                 runs[base_id] = base
                 base_dir, cost = Path(sweep.root) / base_id, base_cost(base, autoencoder, further)
                 _check_points(base_dir, points, sweep.evaluation)

@@ -71,8 +71,9 @@ def prepare(config: RunConfig, world_size: int = 1) -> Prepared:
         check_embeddings(text, latents, index.url)
         check_text_encoder(text)
     images = on_the_fly or isinstance(config, AutoencoderRun)
-    encoder = embeddings_identity(text, latents or {})
-    run_id = configs.run_id(config, index.identity if images else None, encoder)
+    facts = latents or {}
+    encoder = embeddings_identity(text, facts)
+    run_id = configs.run_id(config, index.identity if images else None, encoder, facts.get("stored"))
     data = reading_text(config.data, text)
     plan = make_plan(index, data, seed=config.seed, batch_size=config.train.batch_size)
     # The last rank has the most lanes. Nothing is read yet.
