@@ -198,16 +198,16 @@ def test_a_written_video_is_always_the_same_and_can_be_sought() -> None:
     assert np.all(np.diff([float(key) for key in keys]) <= 1) and len(keys) >= 2
 
 
-def digests(data: bytes, times: int) -> set[str]:
+def digests(times: int) -> set[str]:
+    """Recode after other encoders, which leave memory as it was not before."""
     encoding = Encoding(shortest_side=32, frame_rate=20)
-    return {hashlib.sha256(recode_video(data, "mp4", encoding)[1]).hexdigest() for _ in range(times)}
+    return {hashlib.sha256(recode_video(video(60), "mp4", encoding)[1]).hexdigest() for _ in range(times)}
 
 
 @pytest.mark.exhaustive
-def test_busy_processes_write_a_video_the_same_thousands_of_times() -> None:
+def test_busy_processes_write_a_video_the_same_hundreds_of_times() -> None:
     with ProcessPoolExecutor(4, mp_context=multiprocessing.get_context("spawn")) as pool:
-        found = set().union(*pool.map(digests, [video(60)] * 4, [1500] * 4))
-    assert len(found) == 1
+        assert len(set().union(*pool.map(digests, [400] * 4))) == 1
 
 
 @pytest.mark.parametrize(("number", "part"), [(1, "webm"), (2, "mp4")])

@@ -27,7 +27,9 @@ _PARTS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "BMP": "png
 _CONTAINER_PARTS = {"mov": ("mp4", "mov"), "matroska": ("mkv", "webm"), "avi": ("avi",), "gif": ("gif",)}
 # The first that PyAV's FFmpeg can encode is used: the encoder, the part, its options for high quality.
 _VIDEO_ENCODERS = (
-    ("libx264", "mp4", {"crf": "18", "preset": "medium"}),
+    # x264's fast macroblock tree reads memory that nobody wrote: one video in a hundred differed at its next
+    # writing. What it uses instead where results must not depend on the CPU does not.
+    ("libx264", "mp4", {"crf": "18", "preset": "medium", "x264-params": "cpu-independent=1"}),
     ("libvpx-vp9", "webm", {"crf": "24", "b": "0", "row-mt": "0"}),
     ("mpeg4", "mp4", {"qscale": "3", "flags": "+qscale"}),
 )
@@ -217,7 +219,7 @@ def _write_video(av: Any, frames: Iterable[Any], stream: Any, encoding: Encoding
                 *size,
                 format="yuv420p",
                 interpolation="BICUBIC",
-                threads=1,  # with more, libswscale's pixels differ once in about a thousand videos
+                threads=1,
                 dst_colorspace=frame.colorspace,
                 dst_color_range=frame.color_range,
             )
