@@ -275,9 +275,17 @@ def build_trainer(
 
     from ul_scale.train.ray_worker import train_loop
 
+    class Trainer(TorchTrainer):
+        def _create_default_callbacks(self) -> list[Any]:
+            # The cleaner of placement groups asks the dashboard whether the controller lives. An own cluster
+            # has none and goes with this process; on a busy machine the cleaner ended in a traceback.
+            callbacks = super()._create_default_callbacks()
+            without = {"PlacementGroupCleanerCallback"} if options.address is None else set()
+            return [callback for callback in callbacks if type(callback).__name__ not in without]
+
     config = prepared.config
     low, high = options.workers
-    return TorchTrainer(
+    return Trainer(
         train_loop,
         train_loop_config={"config": configs.to_yaml(absolute(config)), "source": source},
         torch_config=TorchConfig(
