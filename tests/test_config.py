@@ -45,12 +45,75 @@ def test_resolved_config_reads_back_to_the_same_run(tmp_path):
         ("loss.loss_factor=.nan", "loss.loss_factor is nan; expected a number above 0"),
         ("name=a/b", "name is 'a/b'; expected a name for a folder"),
         ("oops", "override 'oops': expected key=value"),
+        ("model..size=tiny32", "override 'model..size=tiny32': expected key=value"),
+        ("model=[]", "model is []; expected a section of keys and values"),
+        ("loss=true", "loss is True; expected a section of keys and values"),
+        ("model.encoder.channels=8", "model.encoder.channels is 8; expected a list"),
+        (
+            "model.prior.levels.x.channels=32",
+            "model.prior.levels is {'x': {'channels': 32}}; expected a list",
+        ),
+        ("model.prior.levels=[3]", "model.prior.levels[0] is 3; expected a section"),
+        (
+            "model.prior.levels=[{kind: conv, channels: 8, block: 1}]",
+            "unknown key model.prior.levels[0].block; did you mean model.prior.levels[0].blocks?",
+        ),
+        ("data.val=&a [*a]", "override 'data.val=&a [*a]': "),
+        ("parallel.threads=0", "parallel.threads is 0; expected 1 or more, or none"),
+        ("parallel.timeout_s=.nan", "parallel.timeout_s is nan; expected seconds above 0"),
+        ("model.latent_channels=0", "model.latent_channels is 0; expected 1 or more"),
+        ("model.prior.head_dim=-8", "head_dim is -8; expected 1 or more"),
+        ("model.encoder.blocks=[-1,1]", "model.encoder.blocks is [-1, 1]; expected 0 or more"),
+        ("model.encoder.output_gain=.inf", "model.encoder.output_gain is inf; expected a finite number"),
+        ("model.decoder.z_scale=.nan", "z_scale is nan; expected a finite number"),
+        ("loss.loss_bias=201", "loss.loss_bias is 201.0; expected nats from -200 to 200"),
+        ("loss.log_snr_max=.nan", "loss.log_snr_max is nan; expected nats"),
+        ("loss.log_snr_min=-.inf", "loss.log_snr_min is -inf; expected nats"),
+        ("loss.log_snr_min=6", "schedule needs log_snr_max > log_snr_min; got 5.0 and 6.0"),
     ],
 )
 def test_bad_values_are_named_in_one_line(override, message):
     with pytest.raises(ValueError) as caught:
         load("configs/quickstart/autoencoder.yaml", override)
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "path,override,message",
+    [
+        ("quickstart/base.yaml", "model.num_classes=0", "model.num_classes is 0; expected at least 1"),
+        ("quickstart/base.yaml", "model.text=true", "model.text is True; expected a section"),
+        ("quickstart/base.yaml", "loss.log_snr_shift=1e4", "loss.log_snr_shift is 10000.0; expected nats"),
+        ("quickstart/base.yaml", "autoencoder.run=runs/a-0123456789", "expected a run id under root"),
+        ("quickstart/base.yaml", "autoencoder.run=a-0123456789/", "expected a run id under root"),
+        ("quickstart/base.yaml", "autoencoder.step=-1", "autoencoder.step is -1; expected 0 or more"),
+        ("baselines/pixels.yaml", "loss.log_snr_max=.inf", "loss.log_snr_max is inf; expected nats"),
+        ("baselines/pixels.yaml", "model.size=small", "none, for a fixed_autoencoder has no sizes"),
+    ],
+)
+def test_bad_values_of_other_kinds_are_named(path, override, message):
+    known = ["autoencoder.run=a-0123456789", "autoencoder.step=1"] if "base.yaml" in path else []
+    with pytest.raises(ValueError) as caught:
+        configs.load_any(f"configs/{path}", [*known, override])
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text,message",
+    [
+        ("{bad", "not valid YAML"),
+        ("- a\n", "expected keys and values"),
+        ("3", "not valid YAML"),
+        ("a: &a [*a]", "not valid YAML"),
+        (b"\xff\x00", "not valid YAML: 'utf-8' codec can't decode"),
+        ("", "kind is None"),
+        (b"kind: base\n", "name is not set"),
+    ],
+)
+def test_a_damaged_config_of_a_run_is_named(text, message):
+    with pytest.raises(ValueError, match=f"runs/a/config.yaml: {message}") as caught:
+        configs.loads(text, "runs/a/config.yaml")
+    assert "\n" not in str(caught.value)
 
 
 def test_a_missing_key_is_named(tmp_path):

@@ -104,9 +104,9 @@ def config(config: ConfigPath, overrides: Overrides = None) -> None:
 
     Example: `ul-scale config configs/quickstart/autoencoder.yaml optim.lr=1e-3`
     """
-    from ul_scale.config import load, to_yaml
+    from ul_scale.config import load_any, to_yaml
 
-    print(to_yaml(load(config, overrides)), end="")
+    print(to_yaml(load_any(config, overrides)), end="")
 
 
 @app.command()
@@ -152,6 +152,7 @@ def encode(
     - `torchrun --nproc-per-node=8 -m ul_scale.cli encode RUN`
     """
     from ul_scale.checkpoint.files import run_path
+    from ul_scale.checkpoint.inspect import check_steps
     from ul_scale.evaluate.encode import EncodeConfig
     from ul_scale.evaluate.encode import encode as encode_run
     from ul_scale.evaluate.fixed_run import fixed_run
@@ -159,7 +160,8 @@ def encode(
     is_config = run.endswith((".yaml", ".yml"))
     if overrides and not is_config:
         raise ValueError(f"{overrides[0]} is given with the run {run}; overrides are of a CONFIG only")
-    run_dir = fixed_run(run, overrides or []) if is_config else run_path(run)
+    if is_config and step:
+        raise ValueError(f"--step is {step}, but {run} is not trained; expected none, or 0")
     config = EncodeConfig(
         dtype=dtype,
         flipped=flipped,
@@ -172,6 +174,8 @@ def encode(
         samples_per_shard=samples_per_shard,
         max_bad_fraction=max_bad_fraction,
     )
+    run_dir = fixed_run(run, overrides or []) if is_config else run_path(run)
+    check_steps(run_dir, [] if step is None else [step])
     for folder in encode_run(run_dir, step, split or None, config):
         print(folder)
 
@@ -235,6 +239,7 @@ def evaluate(
 
     from omegaconf import OmegaConf
 
+    from ul_scale.checkpoint.inspect import check_steps
     from ul_scale.config import apply_overrides, structure
     from ul_scale.evaluate.metrics import EvaluationConfig, evaluation_dir
     from ul_scale.evaluate.metrics import evaluate as evaluate_run
@@ -243,6 +248,7 @@ def evaluate(
     values = apply_overrides(OmegaConf.create({}), settings or [])
     evaluation = structure(EvaluationConfig, values, "evaluate")
     run_dir = local_run(run)
+    check_steps(run_dir, step or [])
     for number in step or [newest_step(run_dir)]:
         print(json.dumps(evaluate_run(run_dir, number, evaluation), indent=1), flush=True)
         print(f"figures and pictures: {evaluation_dir(run_dir, number)}", file=sys.stderr)
@@ -282,8 +288,11 @@ def sweep_report(config: ConfigPath, overrides: Overrides = None) -> None:
 
 def local_run(run: str) -> Path:
     """Return a run directory on this machine."""
-    if "://" in run:
-        raise ValueError(f"{run}: is in a bucket; expected a local run directory, such as a copy of it")
+    scheme, is_url, _ = run.partition("://")
+    if is_url:  # it may hold credentials
+        raise ValueError(
+            f"{scheme}://…: is in a bucket; expected a local run directory, such as a copy of it"
+        )
     return Path(run).resolve()
 
 

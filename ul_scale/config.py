@@ -3,14 +3,16 @@
 import dataclasses
 import difflib
 import hashlib
+import io
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from types import NoneType, UnionType
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
-from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from ul_scale.checkpoint.store import CheckpointConfig
 from ul_scale.data.config import DataConfig
@@ -61,6 +63,13 @@ class AutoencoderRef:
     on_the_fly: bool = field(default=False, metadata={"legacy": False})
     """Train on images of ``data.train`` and encode each batch, rather than on latents that are encoded
     once. Costs the encoder's forward pass, needs no room for latents, and allows augmentation."""
+
+    def __post_init__(self) -> None:
+        # A path to the same run would give the same training another identity.
+        if "/" in self.run:
+            raise ValueError(f"autoencoder.run is {self.run!r}; expected a run id under root, not a path")
+        if self.step < 0:
+            raise ValueError(f"autoencoder.step is {self.step}; expected 0 or more")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,12 +124,7 @@ def read_yaml(path: str | Path, _seen: tuple[Path, ...] = ()) -> DictConfig:
         raise ValueError(f"{path}: no such config file")
     if path.resolve() in _seen:
         raise ValueError(f"{path}: its defaults lead back to itself")
-    try:
-        config = OmegaConf.load(path)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(config, DictConfig):
-        raise ValueError(f"{path}: expected keys and values at the top, not a list")
+    config = parse(path.read_bytes(), str(path))
     names = config.pop("defaults", None) or []
     if isinstance(names, str):
         raise ValueError(f"{path}: defaults is {names!r}; expected a list of files")
@@ -134,11 +138,18 @@ def apply_overrides(config: DictConfig, overrides: list[str]) -> DictConfig:
     """Return config with ``a.b=c`` overrides; values are YAML."""
     for override in overrides:
         key, equals, value = override.partition("=")
-        if not equals or not key:
+        if not equals or not all(key.split(".")):
             raise ValueError(f"override {override!r}: expected key=value, such as train.steps=1000")
         try:
             OmegaConf.update(config, key, yaml.safe_load(value), merge=False, force_add=True)
-        except (yaml.YAMLError, OmegaConfBaseException, IndexError) as error:
+        except (
+            yaml.YAMLError,
+            OmegaConfBaseException,
+            IndexError,
+            TypeError,
+            ValueError,
+            RecursionError,
+        ) as error:
             raise ValueError(f"override {override!r}: {str(error).splitlines()[0]}") from None
     return config
 
@@ -162,8 +173,36 @@ def _writable(node: Any) -> None:
             _writable(child)
 
 
-def structure(schema: type[T], values: DictConfig, source: str) -> T:
-    """Return ``values`` as an instance of a section dataclass.
+def _check_shape(kind: Any, value: Any, where: str = "") -> None:
+    """Check that plain values have the sections, keys and lists of a schema, of which ``kind`` is a type.
+
+    OmegaConf checks the rest, but of these it does not say what was expected, nor where inside a list.
+    """
+    if isinstance(kind, UnionType):
+        kind = next(choice for choice in get_args(kind) if choice is not NoneType)
+    if value is None or (isinstance(value, str) and value.startswith(("${", "???"))):
+        return
+    if get_origin(kind) is list:
+        if not isinstance(value, list):
+            raise ValueError(f"{where} is {value!r}; expected a list")
+        for index, item in enumerate(value):
+            _check_shape(get_args(kind)[0], item, f"{where}[{index}]")
+    elif dataclasses.is_dataclass(kind):
+        if not isinstance(value, dict):
+            raise ValueError(f"{where} is {value!r}; expected a section of keys and values")
+        kinds = get_type_hints(kind)
+        for key, item in value.items():
+            prefix = f"{where}." if where else ""
+            if key not in kinds:
+                valid = known_keys(kind)  # type: ignore[arg-type]
+                near = difflib.get_close_matches(str(key), valid, n=1, cutoff=0.4)
+                hint = f"; did you mean {prefix}{near[0]}?" if near else ""
+                raise ValueError(f"unknown key {prefix}{key}{hint}")
+            _check_shape(kinds[key], item, f"{prefix}{key}")
+
+
+def structure(schema: type[T], values: DictConfig, source: str, defaults: zoo.Fields | None = None) -> T:
+    """Return ``values``, over ``defaults``, as an instance of a section dataclass.
 
     Raises:
         ValueError: in one line: an unknown key with the nearest valid one, a missing key, or a value
@@ -172,12 +211,8 @@ def structure(schema: type[T], values: DictConfig, source: str) -> T:
     typed = OmegaConf.structured(schema)
     _writable(typed)
     try:
-        result = OmegaConf.to_object(OmegaConf.merge(typed, values))
-    except ConfigKeyError as error:
-        key = error.full_key or "?"
-        near = difflib.get_close_matches(key, known_keys(schema), n=1, cutoff=0.4)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise ValueError(f"{source}: unknown key {key}{hint}") from None
+        _check_shape(schema, OmegaConf.to_container(values))
+        result = OmegaConf.to_object(OmegaConf.merge(typed, defaults or {}, values))
     except MissingMandatoryValue as error:
         raise ValueError(f"{source}: {error.full_key} is not set and has no default") from None
     except OmegaConfBaseException as error:
@@ -202,12 +237,13 @@ def resolve_any(values: DictConfig, source: str) -> RunConfig | FixedRun:
     if not isinstance(kind, str) or kind not in KINDS:
         raise ValueError(f"{source}: kind is {kind!r}; expected one of {', '.join(KINDS)}")
     schema, sizes = KINDS[kind]
-    size = OmegaConf.select(values, "model.size")
-    if size is not None:
-        if not isinstance(size, str) or size not in sizes:
-            raise ValueError(f"{source}: model.size is {size!r}; expected one of {', '.join(sizes)}")
-        values = OmegaConf.merge({"model": sizes[size]}, values)  # type: ignore[assignment]
-    config: RunConfig | FixedRun = structure(schema, values, source)
+    model = values.get("model")
+    size = model.get("size") if isinstance(model, DictConfig) else None
+    if size is not None and (not isinstance(size, str) or size not in sizes):
+        expected = f"one of {', '.join(sizes)}" if sizes else f"none, for a {kind} has no sizes"
+        raise ValueError(f"{source}: model.size is {size!r}; expected {expected}")
+    defaults = {} if size is None else {"model": sizes[size]}
+    config: RunConfig | FixedRun = structure(schema, values, source, defaults)
     if "/" in config.name or not config.name:
         raise ValueError(f"{source}: name is {config.name!r}; expected a name for a folder")
     return config
@@ -223,14 +259,19 @@ def load_any(path: str | Path, overrides: list[str] | None = None) -> RunConfig 
     return resolve_any(apply_overrides(read_yaml(path), overrides or []), str(path))
 
 
-def loads(text: str, source: str) -> RunConfig | FixedRun:
+def loads(text: str | bytes, source: str) -> RunConfig | FixedRun:
     """Resolve and check a config of any kind from its YAML; ``source`` is named in errors."""
-    return resolve_any(parse(text), source)
+    return resolve_any(parse(text, source), source)
 
 
-def parse(text: str) -> DictConfig:
-    values = OmegaConf.create(text)
-    assert isinstance(values, DictConfig)
+def parse(text: str | bytes, source: str = "config") -> DictConfig:
+    """Return the keys and values of YAML, in UTF-8 where it is bytes; ``source`` is named in errors."""
+    try:
+        values = OmegaConf.load(io.StringIO(text if isinstance(text, str) else text.decode()))
+    except (yaml.YAMLError, OmegaConfBaseException, OSError, ValueError) as error:
+        raise ValueError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, DictConfig):
+        raise ValueError(f"{source}: expected keys and values at the top")
     return values
 
 

@@ -96,7 +96,7 @@ def data_index(
 ) -> None:
     """Index existing WebDataset tars, without rewriting them; read only those that are new or have changed.
 
-    Run again after an interruption, it goes on.
+    Run again after an interruption, it goes on. Latents are indexed by `ul-scale encode`.
 
     Examples:
     - `ul-scale data index gs://bucket/imagenet/train`

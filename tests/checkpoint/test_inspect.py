@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from ul_scale.checkpoint import store
 from ul_scale.checkpoint.files import run_path
-from ul_scale.checkpoint.inspect import describe, human_age, human_bytes, rows
+from ul_scale.checkpoint.inspect import check_steps, describe, human_age, human_bytes, rows
 from ul_scale.checkpoint_cli import checkpoint_app
 
 
@@ -61,6 +61,22 @@ def test_list_of_a_run_without_checkpoints(run_dir):
         command("verify", run_dir)
     with pytest.raises(ValueError, match="not a run directory"):
         command("list", run_dir / "checkpoints")
+
+
+def test_list_of_an_autoencoder_that_is_not_trained(tmp_path):
+    (tmp_path / "config.yaml").write_text("kind: fixed_autoencoder\n")
+    with pytest.raises(ValueError, match="is not trained here; there are no checkpoints"):
+        command("list", tmp_path)
+    check_steps(tmp_path, [0])
+    with pytest.raises(ValueError, match="is not trained here; step is 3, expected 0"):
+        check_steps(tmp_path, [0, 3])
+
+
+def test_steps_are_those_with_a_complete_checkpoint(run_dir):
+    check_steps(run_dir, [4, 12])
+    (store.shard_dir(run_dir, 12).parent / "COMMIT").unlink()
+    with pytest.raises(ValueError, match=r"no complete checkpoint at step 12; complete: \[4, 8\]"):
+        check_steps(run_dir, [4, 12])
 
 
 def test_list_in_a_bucket(run_dir):

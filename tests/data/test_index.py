@@ -1,9 +1,11 @@
 """Opening an index: what no longer fits is named, and remote ones are downloaded once."""
 
 import pickle
+import re
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,7 +18,7 @@ from ul_scale.data import index_cache, storage
 from ul_scale.data.index import Index, open_index
 from ul_scale.data.indexing import build_index
 
-from .conftest import write_shards
+from .conftest import tar_bytes, write_shards
 
 
 @pytest.fixture(autouse=True)
@@ -47,6 +49,67 @@ def test_a_shard_that_is_not_what_was_indexed(tmp_path: Path, memory_url: str, p
     with pytest.raises(ValueError, match=rf"002\.tar was added since the set was indexed; {remedy}"):
         open_index(url)
     assert len(build_index(url)) == 7
+
+
+LATENTS = {"autoencoder": {"run": "ae-1", "step": 40}}
+
+
+def lengthen(folder: Path) -> None:
+    (folder / "001.tar").write_bytes(tar_bytes({f"{i}.z_clean.npy": b"1" for i in range(30)}))
+
+
+def remove(folder: Path) -> None:
+    (folder / "001.tar").unlink()
+
+
+def add(folder: Path) -> None:
+    (folder / "002.tar").write_bytes(tar_bytes({"a.z_clean.npy": b"1"}))
+
+
+def age(folder: Path) -> None:
+    meta = folder / "_index/meta.json"
+    meta.write_text(meta.read_text().replace('"format_version":2', '"format_version":1'))
+
+
+def interrupt(folder: Path) -> None:
+    meta = folder / "_index/meta.json"
+    meta.write_text(meta.read_text().replace('"complete":true', '"complete":false'))
+
+
+@pytest.mark.parametrize(
+    ("change", "advice"),
+    [
+        (remove, "put it back, or run: {encode}"),
+        (interrupt, "to continue it, run: {encode}"),
+        # These, encoding would take for whole, or not look at.
+        (lengthen, "delete it and run: {encode}"),
+        (add, "delete it and run: {encode}"),
+        (age, "delete {folder}/_index and run: {encode}"),
+    ],
+)
+def test_latents_are_mended_by_encoding(tmp_path: Path, change: Callable[[Path], None], advice: str) -> None:
+    folder = tmp_path / "runs/ae-1/latents/step_00000040/train"
+    write_shards(str(folder), [2, 3])
+    build_index(str(folder), extra=LATENTS)
+    change(folder)
+    before = (folder / "_index/meta.json").read_bytes()
+    encode = f"ul-scale encode {tmp_path}/runs/ae-1 --step 40"
+    with pytest.raises(ValueError, match=f"{re.escape(advice.format(encode=encode, folder=folder))}$"):
+        open_index(str(folder))
+    for full in (False, True):
+        with pytest.raises(ValueError, match=f"holds latents, .*; run: {encode}$"):
+            build_index(str(folder), full=full)
+    assert (folder / "_index/meta.json").read_bytes() == before
+    assert len(build_index(str(folder), extra=LATENTS)) > 0  # as encoding does
+
+
+def test_latents_elsewhere_and_of_other_options(tmp_path: Path) -> None:
+    write_shards(str(tmp_path), [2])
+    build_index(str(tmp_path), extra={**LATENTS, "stored": {"dtype": "fp16"}})
+    (tmp_path / "000.tar").unlink()
+    advice = "run: ul-scale encode ROOT/ae-1 --step 40, and the options that they were encoded with"
+    with pytest.raises(ValueError, match=f"put it back, or {advice}$"):
+        open_index(str(tmp_path))
 
 
 def test_another_etag_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

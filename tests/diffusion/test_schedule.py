@@ -56,6 +56,29 @@ def test_a_schedule_that_rises_is_refused():
         Schedule(log_snr_max=-1.0, log_snr_min=5.0)
 
 
+@pytest.mark.parametrize("ends", [(math.nan, 0.0), (math.inf, 0.0), (5.0, -math.inf), (201.0, 0.0)])
+def test_absurd_end_points_are_refused(ends):
+    with pytest.raises(ValueError, match=r"schedule.log_snr_m\w+ is \S+; expected nats from -200 to 200"):
+        Schedule(log_snr_max=ends[0], log_snr_min=ends[1], kind="linear")
+
+
+@pytest.mark.parametrize(("low", "high"), [(-32.0, 5.0), (-10.0, 170.0)])
+def test_a_cosine_is_refused_where_single_precision_ends(low, high):
+    schedule, ends = latent_schedule(high, low), torch.tensor([0.0, 1.0])
+    assert schedule.log_snr(ends).isfinite().all() and schedule.log_snr_slope(ends).isfinite().all()
+    assert (schedule.log_snr_slope(ends) < 0).all()
+    with pytest.raises(ValueError, match="cosine schedule's log_snr_max and log_snr_min, less its shift"):
+        latent_schedule(high + 0.1 * (high > 100), low - 0.1 * (low < -30))
+    Schedule(log_snr_max=200.0, log_snr_min=-200.0, kind="linear")
+
+
+@pytest.mark.parametrize("loss_bias", [None, -200.0, 200.0])
+def test_importance_density_holds_at_the_largest_numbers(loss_bias):
+    widest = Schedule(log_snr_max=200.0, log_snr_min=-200.0, kind="linear")
+    for schedule in (widest, latent_schedule(170.0, -32.0)):
+        assert math.fsum(importance_density(schedule, loss_bias).masses) == pytest.approx(1)
+
+
 UNEVEN = TimeDensity((0.5, 0.1, 0.3, 0.1))
 DENSITIES = [
     UNEVEN,

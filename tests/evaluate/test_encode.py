@@ -162,8 +162,10 @@ def test_latents_captions_and_classes_are_those_of_the_samples(run_dir):
 
 
 def test_captions_can_be_left_out(run_dir):
-    found = members(held_out(run_dir, captions=False))
+    folder = held_out(run_dir, captions=False)
+    found = members(folder)
     assert len(found) == 20 and not any(name.endswith(".txt") for name in found)
+    assert open_index(str(folder)).extra["stored"]["captions"] is False
 
 
 def test_bad_samples_are_named_and_limited(run_dir, caplog):

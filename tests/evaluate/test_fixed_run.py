@@ -1,6 +1,8 @@
 """Base models on autoencoders that are not trained here, from the config to samples."""
 
 import json
+import re
+import shutil
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from typer.testing import CliRunner
 from ul_scale import config as configs
 from ul_scale.cli import app
 from ul_scale.data.index import open_index
+from ul_scale.data.indexing import build_index
 from ul_scale.evaluate.fixed_run import fixed_run
 from ul_scale.evaluate.metrics import EvaluationConfig, evaluate
 from ul_scale.exported import load_exported
@@ -85,6 +88,58 @@ def test_there_is_nothing_to_train(write_config, shards):
     trained = write_config(BASE | {"autoencoder": {"run": "x", "step": 0}}, "base.yaml")
     with pytest.raises(ValueError, match="kind is base; expected a run directory, or a fixed_autoencoder"):
         fixed_run(str(trained), [])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["data.val={train}"], "is the training set"),
+        (["data.val={other}"], "its classes are not those of"),
+        (["data.val=/nowhere"], "/nowhere: no such folder"),
+        (["--step", "3"], "--step is 3, but .*pixels.yaml is not trained; expected none, or 0"),
+        (["--dtype", "bf16"], "dtype is bf16; expected one of fp32, fp16"),
+    ],
+)
+def test_what_is_refused_writes_nothing(write_config, shards, tmp_path, arguments, message):
+    other = shutil.copytree(shards["val"], tmp_path / "other")
+    build_index(str(other), classes=["up", "down"])
+    path = str(write_config(PIXELS, "pixels.yaml", data={"train": shards["train"]}))
+    given = [each.format(train=shards["train"], other=other) for each in arguments]
+    before = sorted(tmp_path.rglob("*"))
+    result = CliRunner().invoke(app, ["encode", path, *given])
+    assert isinstance(result.exception, ValueError) and re.search(message, str(result.exception))
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_held_out_data_stay_unless_others_are_given(write_config, shards, tmp_path):
+    def val_after(val=None):
+        path = write_config(PIXELS, data={"train": shards["train"], "val": val})
+        run_dir = fixed_run(str(path), [])
+        return run_dir, configs.loads((run_dir / "config.yaml").read_text(), "x").data.val
+
+    run_dir, val = val_after()
+    assert val is None
+    assert val_after(val=shards["val"]) == val_after() == (run_dir, shards["val"])
+    moved = str(shutil.copytree(shards["val"], tmp_path / "moved"))
+    assert val_after(val=moved) == val_after() == (run_dir, moved)
+
+
+def test_a_run_is_encoded_at_step_0_alone(pixels):
+    result = CliRunner().invoke(app, ["encode", str(pixels), "--step", "3"])
+    assert "is not trained here; step is 3, expected 0" in str(result.exception)
+    assert [path.name for path in (pixels / "latents").iterdir()] == ["step_00000000"]
+
+
+def test_a_lost_shard_is_encoded_again_as_it_was(pixels):
+    folder = pixels / "latents/step_00000000/train"
+    [shard] = folder.glob("*.tar")
+    content, fingerprint = shard.read_bytes(), open_index(str(folder)).fingerprint
+    shard.unlink()
+    with pytest.raises(ValueError, match=f"put it back, or run: ul-scale encode {pixels} --step 0$"):
+        open_index(str(folder))
+    result = CliRunner().invoke(app, ["encode", str(pixels), "--step", "0"])
+    assert result.exit_code == 0, result.output
+    assert shard.read_bytes() == content and open_index(str(folder)).fingerprint == fingerprint
 
 
 def test_a_diffusers_autoencoder_is_found_again_by_its_weights(write_config, shards, tmp_path):

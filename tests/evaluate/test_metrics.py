@@ -1,5 +1,6 @@
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -7,18 +8,23 @@ from templates import AUTOENCODER, BASE
 
 from ul_scale import config as configs
 from ul_scale.checkpoint import state, store
+from ul_scale.data.index import open_index
+from ul_scale.evaluate.bitrate import measure_bitrate
 from ul_scale.evaluate.encode import encode
+from ul_scale.evaluate.features import load_network
 from ul_scale.evaluate.metrics import (
     EvaluationConfig,
     evaluate,
     held_out_bits,
     picture_path,
     read_evaluation,
+    reference_features,
 )
 from ul_scale.evaluate.restore import restore_autoencoder
 from ul_scale.models.uvit import LevelConfig, UViTConfig
 from ul_scale.stages.base import BaseLoss, BaseModel, BaseStage
 from ul_scale.train import worker
+from ul_scale.train.prepare import read_autoencoder
 
 TINY = EvaluationConfig(samples=6, base_steps=2, decoder_steps=2, batch_size=4, times_per_image=2)
 
@@ -50,7 +56,14 @@ def test_bits_of_an_image_do_not_depend_on_its_batch():
 
 @pytest.mark.parametrize(
     "settings",
-    [{"guidance": math.nan}, {"guidance": -1.0}, {"guidance_interval": [1.0, -5.0]}, {"base_sampler": "x"}],
+    [
+        {"guidance": math.nan},
+        {"guidance": -1.0},
+        {"guidance_interval": [1.0, -5.0]},
+        {"guidance_interval": [-5.0, 1.0]},  # without guidance
+        {"base_sampler": "x"},
+        {"samples": 1},
+    ],
 )
 def test_settings_that_mean_nothing_are_named(settings):
     with pytest.raises(ValueError, match=f"evaluation.{next(iter(settings))} is"):
@@ -109,6 +122,50 @@ def test_base_model_is_evaluated_through_its_autoencoder(autoencoder, write_conf
     assert (run_dir / "evals" / "step_00000002" / "samples.png").is_file()
 
 
+def test_a_base_model_on_the_fly_is_measured_on_its_own_held_out_data(autoencoder, write_config, shards):
+    values = BASE | {"autoencoder": {"run": autoencoder.name, "step": 3, "on_the_fly": True}}
+    swapped = {"train": shards["val"], "val": shards["train"], "image_size": 16, "channels": 1}
+    config = configs.load(write_config(values, "base.yaml", data=swapped, train={"steps": 2}))
+    assert worker.run(config) == 0
+    run_dir = worker.prepare(config).run_dir
+    # The autoencoder's own held-out data are 16.
+    assert evaluate(run_dir, 2, replace(TINY, samples=20))["held_out"].startswith("train/")
+    assert measure_bitrate(run_dir, split="train", samples=16, times_per_image=1)["n"] == 16
+    with pytest.raises(ValueError, match="--samples is 17, but .*val has 16 samples"):
+        measure_bitrate(run_dir, split="train", samples=17)
+
+
+def test_other_held_out_data_are_measured_anew(autoencoder, shards):
+    first = evaluate(autoencoder, 3, TINY)
+    path = autoencoder / "config.yaml"
+    path.write_text(path.read_text().replace(shards["val"], shards["train"]))
+    other = evaluate(autoencoder, 3, TINY)
+    assert other["held_out"] != first["held_out"] and other["psnr"] != first["psnr"]
+
+
+def test_reference_features_are_kept_by_how_images_are_decoded(autoencoder):
+    run, network = read_autoencoder(autoencoder), load_network(TINY.features)
+    for fast_jpeg in (True, False, True):
+        as_read = replace(run, data=replace(run.data, fast_jpeg=fast_jpeg))
+        reference_features(autoencoder.parent, open_index(run.data.val), as_read, TINY, network)
+    kept = [path for path in (autoencoder.parent / "features").rglob("*") if path.is_file()]
+    assert len(kept) == 2
+
+
+def test_guidance_needs_something_to_be_left_out(autoencoder, write_config):
+    encode(autoencoder, 3)
+    for model, loss, why in (
+        ({"num_classes": None}, {}, "is told nothing"),
+        ({}, {"label_dropout": 0.0}, "was trained with loss.label_dropout=0"),
+    ):
+        values = BASE | {"autoencoder": {"run": autoencoder.name, "step": 3}}
+        values |= {"model": BASE["model"] | model, "loss": loss}
+        config = configs.load(write_config(values, "base.yaml", train={"steps": 1}))
+        assert worker.run(config) == 0
+        with pytest.raises(ValueError, match=f"guidance is 2.0, but .* {why}; expected 1"):
+            evaluate(worker.prepare(config).run_dir, 1, replace(TINY, guidance=2.0))
+
+
 def test_bad_requests_are_named(autoencoder, tmp_path):
     with pytest.raises(ValueError, match="no complete checkpoint at step 7; complete: \\[3\\]"):
         evaluate(autoencoder, 7, TINY)
@@ -121,7 +178,6 @@ def test_bad_requests_are_named(autoencoder, tmp_path):
 
 def test_latents_say_what_they_are(autoencoder):
     from ul_scale.data.config import DataConfig
-    from ul_scale.data.index import open_index
     from ul_scale.data.stream import iterate
 
     folder = encode(autoencoder, 3)[0]

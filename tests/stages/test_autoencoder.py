@@ -106,9 +106,16 @@ def test_warm_start_moves_the_loss_factor_and_nothing_else():
     torch.testing.assert_close(early["loss/prior"], late["loss/prior"])
 
 
-def test_half_a_warm_start_is_refused():
-    with pytest.raises(ValueError, match="expected both or neither"):
-        AutoencoderLoss(loss_factor=2.0, loss_bias=3.0, loss_factor_start=8.0)
+@pytest.mark.parametrize(
+    "warm_start,message",
+    [
+        ({"loss_factor_start": 8.0}, "expected both or neither"),
+        ({"loss_factor_start": 8.0, "loss_factor_warmup_steps": -3}, "steps is -3; expected 0 or more"),
+    ],
+)
+def test_half_a_warm_start_is_refused(warm_start, message):
+    with pytest.raises(ValueError, match=message):
+        AutoencoderLoss(loss_factor=2.0, loss_bias=3.0, **warm_start)
 
 
 def test_encoder_noise_is_added_in_encoder_units():

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 
 from ul_scale.train.optim import OptimConfig, learning_rate
@@ -26,10 +28,20 @@ def test_cosine_over_everything():
     assert values[50] == pytest.approx(0.5)
 
 
-@pytest.mark.parametrize("change", [{"lr": 0}, {"decay_fraction": 1.5}, {"clip_norm": 0}])
-def test_bad_values_are_refused(change):
-    with pytest.raises(ValueError, match=f"optim.{next(iter(change))}"):
-        OptimConfig(**change)
+@pytest.mark.parametrize(
+    "name,values",
+    [
+        ("lr", (0, math.inf)),
+        ("decay_fraction", (1.5, math.nan)),
+        ("clip_norm", (0, math.nan)),
+        ("eps", (0, -1e-8, math.nan)),
+        ("weight_decay", (-0.1, math.nan, math.inf)),
+    ],
+)
+def test_bad_values_are_refused(name, values):
+    for value in values:
+        with pytest.raises(ValueError, match=f"optim.{name} is {value}; expected"):
+            OptimConfig(**{name: value})
 
 
 def test_warm_up_stable_decay_shapes():

@@ -212,6 +212,10 @@ def test_a_base_model_trains_on_latents_and_needs_them_first(write_config):
     assert [row["step"] for row in rows] == list(range(1, 9))
     record = json.loads((run_dir_of(base) / "run.json").read_text())
     assert record["parents"] == [{"run": parent.name, "step": 12}]
+    with pytest.raises(ValueError, match=r"data.train is images and autoencoder.on_the_fly is false"):
+        prepare(configs.load(base, ["data.train=images"]))
+    with pytest.raises(ValueError, match=r"latents.*train, which holds latents; expected images or videos"):
+        prepare(configs.load(autoencoder, [f"data.train={folders[0]}", "data.val=null"]))
     with pytest.raises(ValueError, match="log_snr_max is 6.0, but the autoencoder's is 5.0"):
         worker.run(configs.load(base, ["loss.log_snr_max=6"]))
 

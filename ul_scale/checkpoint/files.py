@@ -143,8 +143,13 @@ def _judge(error: Exception, what: str, number: int) -> tuple[OSError, bool]:
 
 
 def require_bucket(path: Path) -> None:
-    """Raise ``ValueError`` unless the bucket that a path lies in can be listed; local folders are made."""
-    if is_local(path) or cast(Any, path).protocol == "memory":
+    """Raise ``ValueError`` unless a path's bucket can be listed, or its local folder can be made."""
+    if is_local(path):
+        there = next((folder for folder in (path, *path.parents) if folder.exists()), path)
+        if there.is_file():
+            raise ValueError(f"{path}: {there} is a file; expected a folder")
+        return
+    if cast(Any, path).protocol == "memory":
         return
     try:
         request(path, lambda fs, key: fs.ls(key.partition("/")[0]), "look into its bucket")
@@ -190,7 +195,7 @@ def read(path: Path) -> bytes | None:
         if not is_local(path):
             return request(path, lambda fs, key: cast(bytes, fs.cat_file(key)), "read")
         return path.read_bytes()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
 
 
@@ -209,7 +214,7 @@ def list_names(directory: Path) -> list[str]:
         return sorted(_entries(directory))
     try:
         return sorted(os.listdir(directory))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
 
 

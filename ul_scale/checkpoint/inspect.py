@@ -1,7 +1,7 @@
 """What a run directory holds: its checkpoints, why each is kept, and whether their files are whole."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -63,6 +63,20 @@ def read_config(run_dir: Path) -> dict[str, Any]:
     return yaml.safe_load(data)
 
 
+def check_steps(run_dir: Path, steps: Iterable[int]) -> None:
+    """Raise ``ValueError`` unless a run has a complete checkpoint at each of these steps.
+
+    An autoencoder that is not trained here has step 0.
+    """
+    fixed = read_config(run_dir)["kind"] == "fixed_autoencoder"
+    there = [0] if fixed else store.complete_steps(run_dir)
+    for step in steps:
+        if step not in there and fixed:
+            raise ValueError(f"{run_dir}: is not trained here; step is {step}, expected 0")
+        if step not in there:
+            raise ValueError(f"{run_dir}: no complete checkpoint at step {step}; complete: {there or 'none'}")
+
+
 def ema_names(config: dict[str, Any]) -> list[str]:
     """Return the names of the averages in a run's checkpoints; the first is the one that is evaluated."""
     ema = config["ema"]
@@ -74,9 +88,11 @@ def describe(run_dir: Path) -> RunInfo:
     """Return what ``ul-scale checkpoint list`` shows.
 
     Raises:
-        ValueError: if it is not a run directory.
+        ValueError: if it is not a run directory, or that of an autoencoder that is not trained here.
     """
     config = read_config(run_dir)
+    if config["kind"] == "fixed_autoencoder":
+        raise ValueError(f"{run_dir}: is not trained here; there are no checkpoints")
     attempts = decode(read(run_dir / "run.json")).get("attempts", {})
     steps = store.complete_steps(run_dir)
     checkpoints = []

@@ -160,8 +160,8 @@ class Index:
             yield
         except (OSError, pa.ArrowException) as error:
             reason = " ".join(str(error).split())
-            remedy = f"run: ul-scale data index {self.url} --full"
-            raise ValueError(f"{self.url}: {KEYS} of the index is damaged ({reason}); {remedy}") from error
+            advice = remedy(self.url, self.extra, delete=f"{self.url}/{INDEX_FOLDER}", full=True)
+            raise ValueError(f"{self.url}: {KEYS} of the index is damaged ({reason}); {advice}") from error
 
 
 def open_index(url: str) -> Index:
@@ -173,8 +173,9 @@ def open_index(url: str) -> Index:
         OSError: if the store does not deliver it.
     """
     files = storage.list_files(url)
-    rerun = f"run: ul-scale data index {url}"
     content, meta = read_meta(url)
+    extra = meta.get("extra") or {}
+    rerun = remedy(url, extra, delete=f"{url}/{INDEX_FOLDER}")
     if not meta:
         raise ValueError(f"{url}: the shards have no index, or its meta.json is damaged; {rerun}")
     if meta.get("format_version") != FORMAT_VERSION:
@@ -186,14 +187,45 @@ def open_index(url: str) -> Index:
         index = open_files(url, content, meta)
         _check_shards(index, files)
     except _Stale as error:
-        raise ValueError(f"{error} {rerun}") from None
+        raise ValueError(f"{error} {remedy(url, extra, delete=error.delete)}") from None
     except UNREADABLE as error:
         raise ValueError(f"{url}: the index cannot be read ({error}); {rerun}") from error
     return index
 
 
 class _Stale(Exception):
-    """The index is not of the shards as they are now."""
+    """The index is not of the shards as they are now.
+
+    Attributes:
+        delete: as of `remedy`.
+    """
+
+    def __init__(self, message: str, delete: str = "") -> None:
+        super().__init__(message)
+        self.delete = delete
+
+
+def remedy(url: str, extra: Mapping[str, Any], *, delete: str = "", full: bool = False) -> str:
+    """Return the command that mends a set's index, in the words of a message.
+
+    That of latents comes from encoding them: `data index` would take those that are left for all of them.
+
+    Args:
+        url: folder of the shards.
+        extra: of the index, as far as it can be read.
+        delete: what `encode` would find in place and leave as it is.
+        full: whether to read all shards again.
+    """
+    origin = extra.get("autoencoder")
+    if origin is None:
+        return f"run: ul-scale data index {url}{' --full' if full else ''}"
+    run_dir = url.rstrip("/").rsplit("/", 3)[0]  # <root>/<run>/latents/step_…/<split>
+    if run_dir.rsplit("/", 1)[-1] != origin["run"]:
+        run_dir = f"ROOT/{origin['run']}"
+    command = f"run: ul-scale encode {run_dir} --step {origin['step']}"
+    if extra.keys() & {"stored", "text", "given_frames"}:
+        command += ", and the options that they were encoded with"
+    return f"delete {delete} and {command}" if delete else command
 
 
 def read_meta(url: str) -> tuple[bytes, dict[str, Any]]:
@@ -258,12 +290,12 @@ def _check_shards(index: Index, files: dict[str, dict[str, Any]]) -> None:
             continue
         was = known.pop(name, None)
         if was is None:
-            raise _Stale(f"{index.url}/{name} was added since the set was indexed;")
+            raise _Stale(f"{index.url}/{name} was added since the set was indexed;", "it")
         changed = f"{index.url}/{name} changed since it was indexed:"
         if info["size"] != was.size:
-            raise _Stale(f"{changed} {info['size']} bytes, index says {was.size};")
+            raise _Stale(f"{changed} {info['size']} bytes, index says {was.size};", "it")
         if was.etag and (etag := content_tag(info)) and etag != was.etag:
-            raise _Stale(f"{changed} etag {etag}, index says {was.etag};")
+            raise _Stale(f"{changed} etag {etag}, index says {was.etag};", "it")
     for name in known:
         raise _Stale(f"{index.url}/{name} is in the index but not in the folder; put it back, or")
 

@@ -37,6 +37,7 @@ from ul_scale.data.index import (
     open_files,
     open_index,
     read_meta,
+    remedy,
 )
 from ul_scale.data.index_cache import digest_file
 from ul_scale.data.index_writer import IndexWriter
@@ -75,7 +76,8 @@ def build_index(
         full: read all shards again.
 
     Raises:
-        ValueError: if there are no shards or no samples, or if a shard is damaged or refused.
+        ValueError: if there are no shards or no samples, if a shard is damaged or refused, or if the set has
+            an index of latents and `extra` is not given.
         OSError: if a shard cannot be read.
     """
     if "::" in url:
@@ -83,6 +85,11 @@ def build_index(
     files = {name: info for name, info in storage.list_files(url).items() if name.endswith(".tar")}
     if not files:
         raise ValueError(f"{url}: no .tar shards in this folder")
+    noted_extra = read_meta(url)[1].get("extra") or {}
+    if extra is None and "autoencoder" in noted_extra:
+        raise ValueError(
+            f"{url}: holds latents, which are indexed as they are encoded; {remedy(url, noted_extra)}"
+        )
     fs, root = storage.open_folder(url)
     local = storage.is_local(fs)
     shards = [

@@ -295,7 +295,7 @@ def _judge(error: Exception, timeout_s: float) -> tuple[type[Exception] | None, 
     status = getattr(error, "status", None) or getattr(error, "code", None)
     if isinstance(answer, dict):
         status = answer.get("ResponseMetadata", {}).get("HTTPStatusCode")
-    if isinstance(error, FileNotFoundError) or status == 404:
+    if isinstance(error, FileNotFoundError | NotADirectoryError) or status == 404:
         return FileNotFoundError, cause
     if isinstance(error, PermissionError) or text.startswith("Forbidden") or name in _NO_CREDENTIALS:
         return PermissionError, cause

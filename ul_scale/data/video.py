@@ -221,7 +221,7 @@ def _collect(frames: Iterable[Any], wanted: np.ndarray, finish: Finish) -> list[
 
 
 def frame_image(frame: Any) -> Image.Image:
-    """Return a frame as a player shows it, converted in one thread: starting more costs more than it gains."""
+    """Return a frame as a player shows it, converted in one thread: more cost more than they gain."""
     if any(component.is_alpha for component in frame.format.components):
         image = flatten(Image.fromarray(frame.to_ndarray(format="rgba", threads=1)))
     else:

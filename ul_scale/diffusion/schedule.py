@@ -12,6 +12,20 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+MAX_NATS = 200.0
+"""Largest size of a log-SNR, a shift or a bias: the exponential of a sum of two does not overflow."""
+
+# Where the angles of a cosine, in single precision, round to π/2 (log-SNR NaN) or its slope is infinite.
+_COSINE_MIN, _COSINE_MAX = -32.0, 170.0
+
+
+def check_nats(section: str, config: object, *names: str) -> None:
+    """Raise ``ValueError`` if one of a config's log-SNRs, shifts or biases is NaN or absurdly large."""
+    for name in names:
+        value = getattr(config, name)
+        if not abs(value) <= MAX_NATS:
+            raise ValueError(f"{section}.{name} is {value}; expected nats from {-MAX_NATS:g} to {MAX_NATS:g}")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
@@ -33,9 +47,16 @@ class Schedule:
     def __post_init__(self) -> None:
         if self.kind not in ("cosine", "linear"):
             raise ValueError(f"schedule kind is {self.kind!r}; expected 'cosine' or 'linear'")
+        check_nats("schedule", self, "log_snr_max", "log_snr_min", "shift")
         if not self.log_snr_max > self.log_snr_min:
             raise ValueError(
                 f"schedule needs log_snr_max > log_snr_min; got {self.log_snr_max} and {self.log_snr_min}"
+            )
+        start, end = self.log_snr_max - self.shift, self.log_snr_min - self.shift
+        if self.kind == "cosine" and not (start <= _COSINE_MAX and end >= _COSINE_MIN):
+            raise ValueError(
+                f"cosine schedule's log_snr_max and log_snr_min, less its shift, are {start:g} and {end:g}; "
+                f"expected at most {_COSINE_MAX:g} and at least {_COSINE_MIN:g}"
             )
 
     def _cosine_angles(self) -> tuple[float, float]:

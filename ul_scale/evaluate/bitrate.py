@@ -16,7 +16,7 @@ from ul_scale.evaluate.restore import newest_step, restore_autoencoder, restore_
 from ul_scale.stages.autoencoder import AutoencoderStage
 from ul_scale.stages.base import BaseStage
 from ul_scale.stages.conditions import Conditions
-from ul_scale.train.prepare import read_config
+from ul_scale.train.prepare import images_of, read_config
 
 SPLITS = ("val", "train")
 
@@ -122,7 +122,7 @@ def _of_autoencoder(
 def _of_base(run_dir: Path, step: int, split: str, config: EvaluationConfig) -> tuple[BaseStage, Parts]:
     run, base = restore_base(run_dir, step)
     parent, autoencoder = restore_autoencoder(run_dir.parent / run.autoencoder.run, run.autoencoder.step)
-    index = open_split(parent, split, config.samples)
+    index = open_split(images_of(run, run_dir.parent), split, config.samples)
 
     def parts() -> Parts:
         for start, batch in latent_batches(

@@ -70,7 +70,7 @@ class EncodeConfig:
 
     def stored(self) -> dict[str, Any]:
         """Return what a base model is told apart by: settings of what is stored that are not the default."""
-        names = ("dtype", "flipped", "captions", "samples_per_shard")
+        names = ("dtype", "flipped", "samples_per_shard")
         return {
             name: getattr(self, name) for name in names if getattr(self, name) != getattr(EncodeConfig, name)
         }
@@ -151,9 +151,10 @@ def make_job(
     if url is None:
         raise ValueError(f"{run_dir}: data.{split} is not set, so there is nothing to encode")
     index = open_index(url)
-    captions, further = config.captions, dict[str, Any]()
-    if captions is None:
-        captions = data.captions or text is not None or "txt" in index.parts
+    usual = data.captions or text is not None or "txt" in index.parts
+    captions = usual if config.captions is None else config.captions
+    stored = config.stored() | ({} if captions == usual else {"captions": captions})
+    further = dict[str, Any]()
     if text is not None:
         further["text"] = text_facts(text)
     if config.given_frames is not None:
@@ -161,8 +162,8 @@ def make_job(
             what = f"clips of {data.frames} frames" if data.clip_frames else "images"
             raise ValueError(f"given_frames is {config.given_frames}, but {run_dir} encodes {what}")
         further["given_frames"] = config.given_frames
-    if config.stored():
-        further["stored"] = config.stored()
+    if stored:
+        further["stored"] = stored
     limit = data.max_bad_fraction if config.max_bad_fraction is None else config.max_bad_fraction
     return Job(
         split=split,

@@ -4,16 +4,18 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from ul_scale.checkpoint.files import make_dirs, require_bucket, run_path, write_atomic
-from ul_scale.config import FixedRun, load_any, run_id, to_yaml
+from ul_scale.checkpoint.files import make_dirs, read, require_bucket, run_path, write_atomic
+from ul_scale.config import FixedRun, load_any, loads, run_id, to_yaml
 from ul_scale.data.index import open_index
 from ul_scale.stages.fixed import weights_sha256
-from ul_scale.train.prepare import build_autoencoder
+from ul_scale.train.prepare import build_autoencoder, check_held_out
 from ul_scale.train.provenance import git_revision
 
 
 def fixed_run(path: str, overrides: list[str]) -> Path:
     """Write the run directory of an autoencoder that is not trained, and return it; again, it is the same.
+
+    Where ``data.val`` is not given, the directory keeps what it has: held-out data are no part of identity.
 
     Args:
         path: of its config.
@@ -32,11 +34,21 @@ def fixed_run(path: str, overrides: list[str]) -> Path:
     train = config.data.train
     config = replace(config, model=replace(config.model, weights_sha256=weights_sha256(config.model)))
     build_autoencoder(config)
-    identity = open_index(train).identity
-    run_dir = run_path(config.root) / run_id(config, identity)
+    index = open_index(train)
+    check_held_out(config, index)
+    run_dir = run_path(config.root) / run_id(config, index.identity)
     require_bucket(run_dir)
+    before = read(run_dir / "config.yaml")
+    if config.data.val is None and before is not None:
+        val = loads(before.decode(), f"{run_dir}/config.yaml").data.val
+        config = replace(config, data=replace(config.data, val=val))
     make_dirs(run_dir)
-    record = {"run_id": run_dir.name, "kind": config.kind, "data_identity": identity, "code": git_revision()}
+    record = {
+        "run_id": run_dir.name,
+        "kind": config.kind,
+        "data_identity": index.identity,
+        "code": git_revision(),
+    }
     write_atomic(run_dir / "run.json", json.dumps(record, indent=1).encode())
     write_atomic(run_dir / "config.yaml", to_yaml(config).encode())
     return run_dir

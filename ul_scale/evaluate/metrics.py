@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ul_scale import keyed
 from ul_scale.checkpoint.files import write_atomic
-from ul_scale.config import AnyAutoencoder, BaseRun, hash10, identity
+from ul_scale.config import AnyAutoencoder, BaseRun, FixedRun, RunConfig, hash10, identity
 from ul_scale.data.index import Index, open_index
 from ul_scale.data.stream import iterate
 from ul_scale.diffusion import losses
@@ -32,7 +32,7 @@ from ul_scale.stages.conditions import UNTOLD, Conditions
 from ul_scale.stages.fixed import FixedAutoencoder
 from ul_scale.train.conditions import reading_text, with_conditions
 from ul_scale.train.loop import to_device
-from ul_scale.train.prepare import latents_dir, read_config
+from ul_scale.train.prepare import images_of, read_config, stored_latents
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +78,13 @@ class EvaluationConfig:
             )
         if not 0 <= self.guidance < math.inf:
             raise ValueError(f"evaluation.guidance is {self.guidance}; expected a number from 0")
-        for name in ("samples", "base_steps", "decoder_steps", "times_per_image", "batch_size"):
+        if interval is not None and self.guidance == 1:
+            raise ValueError(
+                "evaluation.guidance_interval is set and evaluation.guidance is 1: there is none"
+            )
+        if self.samples < 2:
+            raise ValueError(f"evaluation.samples is {self.samples}; expected 2 or more, which have a spread")
+        for name in ("base_steps", "decoder_steps", "times_per_image", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"evaluation.{name} is {getattr(self, name)}; expected 1 or more")
 
@@ -103,21 +109,23 @@ def read_evaluation(run_dir: Path, step: int, config: EvaluationConfig) -> dict[
 
 
 def evaluate(run_dir: Path, step: int, config: EvaluationConfig) -> dict[str, Any]:
-    """Evaluate a run at a step, or return what is there already.
+    """Evaluate a run at a step, or return what is there already of these held-out samples.
 
     Raises:
         ValueError: if the run has no held-out data, or fewer held-out images than asked for, or no such step.
     """
     run_dir = run_dir.resolve()
     run = read_config(run_dir)
+    index = held_out(images_of(run, run_dir.parent), config.samples)
     done = read_evaluation(run_dir, step, config)
-    if done is not None:
+    if done is not None and done.get("held_out", index.identity) == index.identity:
         return done
     started = time.monotonic()
     with torch.no_grad():
         evaluate_kind = _evaluate_base if isinstance(run, BaseRun) else _evaluate_autoencoder
-        values = evaluate_kind(run_dir, step, config)
+        values = evaluate_kind(run_dir, step, config, index)
     values |= {
+        "held_out": index.identity,
         "step": step,
         "n": config.samples,
         "evaluation_id": evaluation_id(config),
@@ -133,9 +141,8 @@ def evaluate(run_dir: Path, step: int, config: EvaluationConfig) -> dict[str, An
     return values
 
 
-def _evaluate_autoencoder(run_dir: Path, step: int, config: EvaluationConfig) -> dict[str, Any]:
+def _evaluate_autoencoder(run_dir: Path, step: int, config: EvaluationConfig, index: Index) -> dict[str, Any]:
     run, stage = restore_autoencoder(run_dir, step)
-    index = held_out(run, config.samples)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     network = load_network(config.features, device)
     reconstructed, psnr, bits = [], 0.0, []
@@ -170,10 +177,10 @@ def _evaluate_autoencoder(run_dir: Path, step: int, config: EvaluationConfig) ->
     }
 
 
-def _evaluate_base(run_dir: Path, step: int, config: EvaluationConfig) -> dict[str, Any]:
+def _evaluate_base(run_dir: Path, step: int, config: EvaluationConfig, index: Index) -> dict[str, Any]:
     run, base = restore_base(run_dir, step)
+    _check_guidance(run_dir, run, config)
     parent, autoencoder = restore_autoencoder(run_dir.parent / run.autoencoder.run, run.autoencoder.step)
-    index = held_out(parent, config.samples)
     device = base.z_std.device
     network = load_network(config.features, device)
     low, high = config.guidance_interval or (-math.inf, math.inf)
@@ -204,6 +211,14 @@ def _evaluate_base(run_dir: Path, step: int, config: EvaluationConfig) -> dict[s
     }
 
 
+def _check_guidance(run_dir: Path, run: BaseRun, config: EvaluationConfig) -> None:
+    model = run.model
+    told = model.num_classes or model.text is not None or model.given_frames
+    if config.guidance != 1 and not (told and run.loss.label_dropout):
+        why = "was trained with loss.label_dropout=0" if told else "is told nothing"
+        raise ValueError(f"evaluation.guidance is {config.guidance}, but {run_dir} {why}; expected 1")
+
+
 def latent_batches(
     run: BaseRun,
     base: BaseStage,
@@ -221,19 +236,19 @@ def latent_batches(
         base: its stage.
         parent: its autoencoder's run.
         autoencoder: its autoencoder.
-        index: of the parent's images.
+        index: of the images, as ``images_of`` the run has them.
         config: how many samples, and how many at a time.
         root: of both runs.
         split: ``val`` or ``train``, whose index it is.
 
     Raises:
-        ValueError: if the latents are not of these images.
+        ValueError: if there are no latents, or they are not of these images.
     """
     device, ref, start = base.z_std.device, run.autoencoder, 0
     if ref.on_the_fly:
         data, source = replace(parent.data, captions=run.data.captions), index
     else:
-        data, source = run.data, open_index(str(latents_dir(root, ref.run, ref.step, split)))
+        data, source = run.data, open_index(stored_latents(root, ref, split))
         if source.extra["source"] != index.identity:
             raise ValueError(
                 f"{source.url}: was encoded from {source.extra['source']}, data.{split} is {index.identity}"
@@ -273,7 +288,8 @@ def _save_samples(x: Tensor, texts: list[str] | None, given_frames: int | None, 
         images.save_grid(x[:40], path, columns=10, captions=(texts or ())[:40])
 
 
-def held_out(run: AnyAutoencoder, samples: int) -> Index:
+def held_out(run: RunConfig | FixedRun, samples: int) -> Index:
+    """Return the index of a run's held-out data; raise ``ValueError`` if there are fewer than asked for."""
     if run.data.val is None:
         raise ValueError("data.val is not set: evaluation needs held-out shards")
     index = open_index(run.data.val)
@@ -339,6 +355,8 @@ def reference_features(
 ) -> Tensor:
     """Return the features of the first n held-out images, computed once per root."""
     fingerprint = f"{index.fingerprint[:16]}-{run.data.image_size}x{run.data.channels}"
+    if not run.data.fast_jpeg:
+        fingerprint += "-exact"
     if run.data.clip_frames is not None:
         fingerprint += "-clips-" + hash10(asdict(run.data))
     path = reference_path(

@@ -38,6 +38,10 @@ class EncoderConfig:
             raise ValueError(
                 f"model.encoder: {len(self.channels)} channels but {len(self.blocks)} blocks; one per level"
             )
+        if min(self.blocks) < 0:
+            raise ValueError(f"model.encoder.blocks is {list(self.blocks)}; expected 0 or more per level")
+        if not math.isfinite(self.output_gain):
+            raise ValueError(f"model.encoder.output_gain is {self.output_gain}; expected a finite number")
         check_time_strides("model.encoder", self.time_strides, len(self.channels))
 
     @property

@@ -72,6 +72,10 @@ class UViTConfig:
             raise ValueError(
                 f"patch is {self.patch} and levels are {len(self.levels)}; expected at least 1 of each"
             )
+        if self.head_dim < 1:
+            raise ValueError(f"a U-ViT's head_dim is {self.head_dim}; expected 1 or more")
+        if not math.isfinite(self.z_scale):
+            raise ValueError(f"a U-ViT's z_scale is {self.z_scale}; expected a finite number")
         check_time_strides("a U-ViT", self.time_strides, len(self.levels))
 
     @property

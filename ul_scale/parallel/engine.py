@@ -62,8 +62,10 @@ class ParallelConfig:
         for name, least in (("accumulation_steps", 1), ("dp_replicate", 1), ("prefetch_blocks", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"parallel.{name} is {getattr(self, name)}; expected {least} or more")
-        if self.timeout_s <= 0:
-            raise ValueError(f"parallel.timeout_s is {self.timeout_s}; expected a number above 0")
+        if self.threads is not None and self.threads < 1:
+            raise ValueError(f"parallel.threads is {self.threads}; expected 1 or more, or none")
+        if not 0 < self.timeout_s < 1e9:
+            raise ValueError(f"parallel.timeout_s is {self.timeout_s}; expected seconds above 0, below 1e9")
         if self.dp_replicate > 1 and self.engine != "fsdp":
             raise ValueError(
                 f"parallel.dp_replicate is {self.dp_replicate}, which is for parallel.engine=fsdp; "

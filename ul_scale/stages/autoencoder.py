@@ -9,7 +9,13 @@ from torch import Tensor, nn
 
 from ul_scale.diffusion import losses, samplers
 from ul_scale.diffusion.process import add_noise, v_from_x_eps
-from ul_scale.diffusion.schedule import Schedule, TimeDensity, latent_schedule, pixel_schedule
+from ul_scale.diffusion.schedule import (
+    Schedule,
+    TimeDensity,
+    check_nats,
+    latent_schedule,
+    pixel_schedule,
+)
 from ul_scale.models.encoder import Encoder, EncoderConfig
 from ul_scale.models.flops import Call, forward_flops, meta
 from ul_scale.models.uvit import UViT, UViTConfig
@@ -36,6 +42,8 @@ class AutoencoderModel:
     """z_clean is drawn from a Gaussian whose variance the encoder gives too (UL, ablation D; unstable)."""
 
     def __post_init__(self) -> None:
+        if self.latent_channels < 1:
+            raise ValueError(f"model.latent_channels is {self.latent_channels}; expected 1 or more")
         for name in ("prior_kind", "decoder_kind"):
             choices = KINDS[name]
             if getattr(self, name) not in choices:
@@ -80,6 +88,8 @@ class AutoencoderLoss:
 
     def __post_init__(self) -> None:
         check_time_sampling(self.time_sampling)
+        check_nats("loss", self, "loss_bias", "log_snr_max", "log_snr_min")
+        latent_schedule(self.log_snr_max, self.log_snr_min)  # refuses end points that it cannot hold
         if not 0 <= self.kl_factor < math.inf:
             raise ValueError(f"loss.kl_factor is {self.kl_factor}; expected a number from 0")
         if self.target_bits_per_pixel is not None and not 0 < self.target_bits_per_pixel < math.inf:
@@ -95,6 +105,10 @@ class AutoencoderLoss:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"loss.{name} is {value}; expected a number above 0")
+        if self.loss_factor_warmup_steps < 0:
+            raise ValueError(
+                f"loss.loss_factor_warmup_steps is {self.loss_factor_warmup_steps}; expected 0 or more"
+            )
         if (self.loss_factor_start is None) != (self.loss_factor_warmup_steps == 0):
             raise ValueError(
                 f"loss.loss_factor_start is {self.loss_factor_start} and loss.loss_factor_warmup_steps is "

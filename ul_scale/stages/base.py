@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ul_scale.diffusion import losses, samplers
 from ul_scale.diffusion.process import add_noise, precondition_v, v_from_x_eps
-from ul_scale.diffusion.schedule import Schedule, latent_schedule
+from ul_scale.diffusion.schedule import Schedule, check_nats, latent_schedule
 from ul_scale.models.flops import Call, forward_flops, meta
 from ul_scale.models.text import TextConfig
 from ul_scale.models.uvit import UViT, UViTConfig
@@ -33,8 +33,10 @@ class BaseModel:
     net: UViTConfig
 
     def __post_init__(self) -> None:
-        if self.given_frames is not None and self.given_frames < 1:
-            raise ValueError(f"model.given_frames is {self.given_frames}; expected at least 1, or none")
+        for name in ("num_classes", "given_frames"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"model.{name} is {value}; expected at least 1, or none")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +59,9 @@ class BaseLoss:
 
     def __post_init__(self) -> None:
         check_time_sampling(self.time_sampling)
+        check_nats("loss", self, "loss_bias", "log_snr_max", "log_snr_min", "log_snr_shift")
+        # Refuses end points that it cannot hold.
+        latent_schedule(self.log_snr_max, self.log_snr_min, self.log_snr_shift)
         if not 0 <= self.label_dropout <= 1:
             raise ValueError(f"loss.label_dropout is {self.label_dropout}; expected a share from 0 to 1")
 

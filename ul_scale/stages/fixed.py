@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ul_scale.diffusion.process import add_noise
+from ul_scale.diffusion.schedule import check_nats
 from ul_scale.models.flops import forward_flops, meta
 
 SOURCES = ("pixels", "diffusers")
@@ -47,6 +48,9 @@ class FixedLoss:
 
     log_snr_max: float = 10.0
     """λ(0) at which its decoder is given z_0, nats: nearly clean, for it has never seen noise."""
+
+    def __post_init__(self) -> None:
+        check_nats("loss", self, "log_snr_max")
 
 
 class FixedAutoencoder(nn.Module):

@@ -41,19 +41,20 @@ def autoencoder_cost(config: AutoencoderRun) -> Cost:
     return Cost(num_parameters(stage), total, config.train.batch_size, flops["encoder"], flops["decoder"])
 
 
-def base_cost(config: BaseRun, autoencoder: AutoencoderRun, further: dict[str, Any]) -> Cost:
+def base_cost(config: BaseRun, autoencoder: AutoencoderRun, facts: dict[str, Any]) -> Cost:
     """Return a base model's cost.
 
     Args:
         config: of the base model.
         autoencoder: whose latents it is trained on.
-        further: what there is beside the latents, as ``encode_jobs.Job.further``.
+        facts: what there is beside the latents, as ``encode_jobs.Job.further``, and ``num_classes``, where it
+            is known before they are there.
 
     Raises:
         ValueError: if the latents are not those that the model expects.
     """
-    facts = latent_facts(_autoencoder_stage(autoencoder))
-    latents = {**facts, "std": 1.0, "num_classes": config.model.num_classes or 0, **further}
+    shape = latent_facts(_autoencoder_stage(autoencoder))
+    latents = {**shape, "std": 1.0, "num_classes": config.model.num_classes or 0, **facts}
     with torch.device("meta"):
         stage = build_stage(config, latents)
     return Cost(num_parameters(stage), sum(stage.forward_flops().values()), config.train.batch_size)

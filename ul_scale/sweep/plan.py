@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,10 +14,10 @@ from omegaconf import DictConfig, OmegaConf
 from ul_scale import config as configs
 from ul_scale.checkpoint import store
 from ul_scale.config import AutoencoderRun, BaseRun, RunConfig
-from ul_scale.data.stream import make_plan
 from ul_scale.evaluate.encode_jobs import (
     SPLITS,
     EncodeConfig,
+    Job,
     check_settings,
     is_encoded,
     make_job,
@@ -24,10 +25,18 @@ from ul_scale.evaluate.encode_jobs import (
 )
 from ul_scale.evaluate.features import load_network
 from ul_scale.evaluate.metrics import EvaluationConfig, held_out, metric_name, read_evaluation
-from ul_scale.models.text import TextConfig, check_text_encoder
+from ul_scale.models.text import TextConfig
 from ul_scale.models.zoo import BASES
+from ul_scale.sweep.checks import (
+    SET_IN_AUTOENCODERS,
+    SET_IN_BASES,
+    check_base,
+    check_held_out_data,
+    check_overrides,
+    check_points,
+    known_classes,
+)
 from ul_scale.sweep.cost import Cost, autoencoder_cost, base_cost
-from ul_scale.train.conditions import check_embeddings
 from ul_scale.train.prepare import embeddings_identity, prepare
 
 RunT = TypeVar("RunT", AutoencoderRun, BaseRun)
@@ -67,6 +76,10 @@ class SweepConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     def __post_init__(self) -> None:
+        if self.kind != "sweep":
+            raise ValueError(f"kind is {self.kind!r}; expected sweep")
+        if self.name in ("", ".", "..") or "/" in self.name:
+            raise ValueError(f"name is {self.name!r}; expected a name for a folder")
         for name in ("loss_factors", "targets_bits_per_pixel", "sizes", "seeds"):
             values = getattr(self, name)
             optional = name in ("loss_factors", "targets_bits_per_pixel")
@@ -74,12 +87,22 @@ class SweepConfig:
                 raise ValueError(f"{name} is {list(values)}; expected one or more different values")
         if not self.loss_factors and not self.targets_bits_per_pixel:
             raise ValueError("loss_factors and targets_bits_per_pixel are empty; expected values of either")
-        if self.evaluation_points < 1 or self.evaluation_span <= 1:
-            raise ValueError("evaluation_points must be 1 or more, and evaluation_span above 1")
+        if self.evaluation_points < 1 or not 1 < self.evaluation_span < math.inf:
+            raise ValueError(
+                f"evaluation_points is {self.evaluation_points} and evaluation_span {self.evaluation_span}; "
+                "expected 1 or more, and a number above 1"
+            )
         unknown = {*self.size_overrides} - {*BASES}
         if unknown:
             named = ", ".join(sorted(unknown))
             raise ValueError(f"size_overrides names {named}; sizes are {', '.join(BASES)}")
+        set_from = dict(SET_IN_AUTOENCODERS)
+        if self.loss_factors:  # where bitrates are targets, it is only what c_lf starts from
+            set_from["loss.loss_factor"] = "loss_factors"
+        check_overrides("autoencoder_overrides", self.autoencoder_overrides, set_from)
+        check_overrides("base_overrides", self.base_overrides, SET_IN_BASES)
+        for size, overrides in self.size_overrides.items():
+            check_overrides(f"size_overrides.{size}", overrides, SET_IN_BASES)
 
 
 @dataclass(frozen=True)
@@ -151,7 +174,8 @@ def plan_sweep(sweep: SweepConfig, folder: Path) -> Plan:
     """
     load_network(sweep.evaluation.features)  # or its absence would be found after hours of training
     if "://" in sweep.root:
-        raise ValueError(f"root is {sweep.root}; expected a local directory: sweeps do not run in buckets")
+        scheme = sweep.root.partition("://")[0]  # the rest may hold credentials
+        raise ValueError(f"root is {scheme}://…; expected a local directory: sweeps do not run in buckets")
     directory = Path(sweep.root) / "sweeps" / sweep.name
     stored_text = text_config(sweep.encoding)
     nodes: list[Node] = []
@@ -163,18 +187,19 @@ def plan_sweep(sweep: SweepConfig, folder: Path) -> Plan:
         dial = f"{letter}{value:g}"
         autoencoder = _template(
             folder / sweep.autoencoder,
+            AutoencoderRun,
             sweep,
             [*sweep.autoencoder_overrides, f"loss.{setting}={value}", f"seed={sweep.autoencoder_seed}"],
             {"name": f"autoencoder-{dial}"},
         )
-        assert isinstance(autoencoder, AutoencoderRun)
         last = autoencoder.train.last_step
-        autoencoder = _keeping(autoencoder, [last])
+        autoencoder = _placed(autoencoder, [last])
         prepared = prepare(autoencoder)
-        held_out(autoencoder, sweep.evaluation.samples)
         index, run_id, run_dir = prepared.index, prepared.run_id, prepared.run_dir
+        check_held_out_data(run_dir, autoencoder, held_out(autoencoder, sweep.evaluation.samples))
         runs[run_id] = autoencoder
-        further = _further(run_dir, last, autoencoder, sweep.encoding, stored_text)
+        job = _latents_job(run_dir, last, autoencoder, sweep.encoding, stored_text)
+        facts = {**job.further, **known_classes(index, job)}
         ae_cost = autoencoder_cost(autoencoder)
         nodes += [
             _train_node(run_id, "autoencoder", directory, run_dir, last, ae_cost.train_flops(last), ()),
@@ -194,6 +219,7 @@ def plan_sweep(sweep: SweepConfig, folder: Path) -> Plan:
             for seed in sweep.seeds:
                 base = _template(
                     folder / sweep.base,
+                    BaseRun,
                     sweep,
                     [
                         *sweep.base_overrides,
@@ -203,7 +229,6 @@ def plan_sweep(sweep: SweepConfig, folder: Path) -> Plan:
                     ],
                     {"name": f"base-{dial}-{size}", "autoencoder": {"run": run_id, "step": last}},
                 )
-                assert isinstance(base, BaseRun)
                 if base.autoencoder.on_the_fly:
                     raise ValueError(
                         f"{folder / sweep.base}: autoencoder.on_the_fly is true; expected false: the base "
@@ -212,17 +237,13 @@ def plan_sweep(sweep: SweepConfig, folder: Path) -> Plan:
                 points = evaluation_steps(
                     base.train.last_step, sweep.evaluation_points, sweep.evaluation_span
                 )
-                base = _keeping(base, points)
-                make_plan(index, base.data, seed=seed, batch_size=base.train.batch_size)
-                text = base.model.text
-                check_embeddings(text, further, f"{run_id}/latents")
-                check_text_encoder(text)
-                base_id = configs.run_id(
-                    base, None, embeddings_identity(text, further), further.get("stored")
-                )
+                base = _placed(base, points)
+                check_base(base, index, job)
+                encoder = embeddings_identity(base.model.text, facts)
+                base_id = configs.run_id(base, None, encoder, facts.get("stored"))
                 runs[base_id] = base
-                base_dir, cost = Path(sweep.root) / base_id, base_cost(base, autoencoder, further)
-                _check_points(base_dir, points, sweep.evaluation)
+                base_dir, cost = Path(sweep.root) / base_id, base_cost(base, autoencoder, facts)
+                check_points(base_dir, points, sweep.evaluation)
                 latents = f"{run_id}/latents"
                 training = cost.train_flops(base.train.last_step)
                 nodes += [
@@ -235,40 +256,37 @@ def plan_sweep(sweep: SweepConfig, folder: Path) -> Plan:
     return Plan(sweep, directory, nodes, runs, cells)
 
 
-def _template(path: Path, sweep: SweepConfig, overrides: list[str], values: dict[str, Any]) -> RunConfig:
+def _template(
+    path: Path, schema: type[RunT], sweep: SweepConfig, overrides: list[str], values: dict[str, Any]
+) -> RunT:
     config = configs.read_yaml(path)
     merged = OmegaConf.merge(config, {"root": sweep.root}, values)
     assert isinstance(merged, DictConfig)
-    return configs.resolve(configs.apply_overrides(merged, overrides), str(path))
+    merged = configs.apply_overrides(merged, overrides)
+    if (kind := merged.get("kind")) != schema.kind:
+        raise ValueError(f"{path}: kind is {kind!r}; expected {schema.kind}")
+    run = configs.resolve(merged, str(path))
+    assert isinstance(run, schema)
+    return run
 
 
-def _keeping(run: RunT, steps: list[int]) -> RunT:
-    return dataclasses.replace(run, checkpoint=dataclasses.replace(run.checkpoint, keep_steps=steps))
+def _placed(run: RunT, steps: list[int]) -> RunT:
+    """Return a run as a sweep trains it: in one process, however its template is sharded; keeping steps."""
+    return dataclasses.replace(
+        run,
+        checkpoint=dataclasses.replace(run.checkpoint, keep_steps=steps),
+        parallel=dataclasses.replace(run.parallel, engine="none", dp_replicate=1),
+    )
 
 
-def _check_points(run_dir: Path, points: list[int], evaluation: EvaluationConfig) -> None:
-    """Raise if a run is past a compute point whose checkpoint it did not keep."""
-    kept = store.complete_steps(run_dir)
-    for step in points:
-        if (
-            step < max(kept, default=0)
-            and step not in kept
-            and not read_evaluation(run_dir, step, evaluation)
-        ):
-            raise ValueError(
-                f"{run_dir} is past step {step}, which is to be evaluated, and has kept only {kept}; "
-                "choose other evaluation_points, or delete the run to train it again"
-            )
-
-
-def _further(
+def _latents_job(
     run_dir: Path, step: int, run: AutoencoderRun, encoding: EncodeConfig, text: TextConfig | None
-) -> dict[str, Any]:
-    """Return what there will be beside latents; raise if some are there that were stored otherwise."""
+) -> Job:
+    """Return how the training set is encoded; raise if latents are there that were stored otherwise."""
     jobs = [make_job(run_dir, step, run.data, split, encoding, text) for split in SPLITS]
     for job in jobs:
         check_settings(job)
-    return jobs[0].further
+    return jobs[0]
 
 
 def _options(encoding: EncodeConfig) -> list[str]:

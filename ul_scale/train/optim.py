@@ -33,19 +33,19 @@ class OptimConfig:
     """Largest global gradient norm."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.lr < math.inf:
-            raise ValueError(f"optim.lr is {self.lr}; expected a number above 0")
-        if self.warmup_steps < 0:
-            raise ValueError(f"optim.warmup_steps is {self.warmup_steps}; expected 0 or more")
-        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"optim.betas is {list(self.betas)}; expected two numbers from 0 to below 1")
-        if not 0 <= self.decay_fraction <= 1:
-            raise ValueError(f"optim.decay_fraction is {self.decay_fraction}; expected a share from 0 to 1")
-        if self.decay_shape not in DECAY_SHAPES:
-            expected = ", ".join(DECAY_SHAPES)
-            raise ValueError(f"optim.decay_shape is {self.decay_shape!r}; expected one of {expected}")
-        if not self.clip_norm > 0:
-            raise ValueError(f"optim.clip_norm is {self.clip_norm}; expected a number above 0")
+        betas_hold = len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)
+        for name, holds, expected in (
+            ("lr", 0 < self.lr < math.inf, "a number above 0"),
+            ("warmup_steps", self.warmup_steps >= 0, "0 or more"),
+            ("decay_fraction", 0 <= self.decay_fraction <= 1, "a share from 0 to 1"),
+            ("decay_shape", self.decay_shape in DECAY_SHAPES, f"one of {', '.join(DECAY_SHAPES)}"),
+            ("betas", betas_hold, "two numbers from 0 to below 1"),
+            ("eps", 0 < self.eps < math.inf, "a number above 0"),
+            ("weight_decay", 0 <= self.weight_decay < math.inf, "a number from 0"),
+            ("clip_norm", self.clip_norm > 0, "a number above 0"),
+        ):
+            if not holds:
+                raise ValueError(f"optim.{name} is {getattr(self, name)!r}; expected {expected}")
 
 
 def learning_rate(config: OptimConfig, step: int, steps: int) -> float:

@@ -11,7 +11,7 @@ from ul_scale import config as configs
 from ul_scale import keyed
 from ul_scale.checkpoint import store
 from ul_scale.checkpoint.files import decode, read, require_bucket, run_path
-from ul_scale.config import AnyAutoencoder, AutoencoderRun, BaseRun, FixedRun, RunConfig
+from ul_scale.config import AnyAutoencoder, AutoencoderRef, AutoencoderRun, BaseRun, FixedRun, RunConfig
 from ul_scale.data.config import DataConfig
 from ul_scale.data.index import Index, open_index
 from ul_scale.data.latents import is_complete
@@ -63,7 +63,7 @@ def prepare(config: RunConfig, world_size: int = 1) -> Prepared:
     _check_target(config)
     on_the_fly = isinstance(config, BaseRun) and config.autoencoder.on_the_fly
     index = open_index(training_url(config))
-    _check_held_out(config, index)
+    check_held_out(config, index)
     latents, text = None, None
     if isinstance(config, BaseRun):
         latents = facts_on_the_fly(config, index, run_path(config.root)) if on_the_fly else index.extra
@@ -71,6 +71,8 @@ def prepare(config: RunConfig, world_size: int = 1) -> Prepared:
         check_embeddings(text, latents, index.url)
         check_text_encoder(text)
     images = on_the_fly or isinstance(config, AutoencoderRun)
+    if images and "autoencoder" in index.extra:
+        raise ValueError(f"data.train is {index.url}, which holds latents; expected images or videos")
     facts = latents or {}
     encoder = embeddings_identity(text, facts)
     run_id = configs.run_id(config, index.identity if images else None, encoder, facts.get("stored"))
@@ -119,15 +121,12 @@ def training_url(config: RunConfig) -> str:
             not set.
     """
     if isinstance(config, BaseRun) and not config.autoencoder.on_the_fly:
-        parent = config.autoencoder
-        url = str(latents_dir(config.root, parent.run, parent.step))
-        if not is_complete(url):
-            read_autoencoder(run_path(config.root) / parent.run)
+        if config.data.train is not None:
             raise ValueError(
-                f"{url}: no latents of autoencoder {parent.run} at step {parent.step}; first run: "
-                f"ul-scale encode {run_path(config.root) / parent.run} --step {parent.step}"
+                f"data.train is {config.data.train} and autoencoder.on_the_fly is false, which trains on the "
+                "autoencoder's latents; expected autoencoder.on_the_fly=true, or no data.train"
             )
-        return url
+        return stored_latents(run_path(config.root), config.autoencoder)
     if config.data.train is None or config.data.image_size is None:
         raise ValueError(
             "data.train and data.image_size are not both set; expected a folder of shards, and pixels"
@@ -135,7 +134,24 @@ def training_url(config: RunConfig) -> str:
     return config.data.train
 
 
-def _check_held_out(config: RunConfig, index: Index) -> None:
+def stored_latents(root: Path, parent: AutoencoderRef, split: str = "train") -> str:
+    """Return the URL of an autoencoder's latents.
+
+    Raises:
+        ValueError: if there is no such autoencoder, or its latents are not encoded yet.
+    """
+    url = str(latents_dir(root, parent.run, parent.step, split))
+    if not is_complete(url):
+        read_autoencoder(root / parent.run)
+        raise ValueError(
+            f"{url}: no latents of autoencoder {parent.run} at step {parent.step}; first run: "
+            f"ul-scale encode {root / parent.run} --step {parent.step}"
+        )
+    return url
+
+
+def check_held_out(config: RunConfig | FixedRun, index: Index) -> None:
+    """Raise ``ValueError`` if a run's held-out data are those that it trains on, or have other classes."""
     if config.data.val is None:
         return
     val = open_index(config.data.val)
@@ -154,7 +170,7 @@ def read_config(run_dir: Path) -> RunConfig | FixedRun:
     data = read(run_dir / "config.yaml")
     if data is None:
         raise ValueError(f"{run_dir}: not a run directory (no config.yaml); expected <root>/<run_id>")
-    return configs.loads(data.decode(), f"{run_dir}/config.yaml")
+    return configs.loads(data, f"{run_dir}/config.yaml")
 
 
 def read_autoencoder(run_dir: Path) -> AnyAutoencoder:
@@ -175,6 +191,13 @@ def read_base(run_dir: Path) -> BaseRun:
     if not isinstance(config, BaseRun):
         raise ValueError(f"{run_dir}: is an autoencoder's run; expected a base model's")
     return config
+
+
+def images_of(run: RunConfig | FixedRun, root: Path) -> RunConfig | FixedRun:
+    """Return the run whose ``data`` a run is about: its own, or of stored latents its autoencoder's."""
+    if isinstance(run, BaseRun) and not run.autoencoder.on_the_fly:
+        return read_autoencoder(root / run.autoencoder.run)
+    return run
 
 
 def facts_on_the_fly(config: BaseRun, index: Index, root: Path) -> dict[str, Any]:
@@ -203,7 +226,7 @@ def facts_on_the_fly(config: BaseRun, index: Index, root: Path) -> dict[str, Any
     return {
         **latent_facts(stage),
         "std": 1.0,
-        "num_classes": len(index.classes or ()),
+        "num_classes": None if index.classes is None and "cls" in index.parts else len(index.classes or ()),
         "given_frames": config.model.given_frames,
     }
 
@@ -302,7 +325,7 @@ def build_stage(
         return stage
     if latents is None or "log_snr_max" not in latents:
         raise ValueError("these shards do not say what latents they hold; expected those of ul-scale encode")
-    _check_latents(config, latents)
+    check_latents(config, latents)
     torch.manual_seed(keyed.seed_of(config.seed, "init") >> 1)
     return BaseStage(
         config.model,
@@ -314,13 +337,12 @@ def build_stage(
     )
 
 
-def _check_latents(config: BaseRun, latents: dict[str, Any]) -> None:
-    model = config.model
-    if (model.num_classes or latents["num_classes"]) < latents["num_classes"]:
-        raise ValueError(
-            f"model.num_classes is {model.num_classes}, but the latents have {latents['num_classes']}"
-        )
-    if model.num_classes and not latents["num_classes"]:
+def check_latents(config: BaseRun, latents: dict[str, Any]) -> None:
+    """Raise ``ValueError`` if a base model is not for such latents: their classes, their noise."""
+    model, found = config.model, latents["num_classes"]
+    if found is not None and (model.num_classes or found) < found:
+        raise ValueError(f"model.num_classes is {model.num_classes}, but the latents have {found}")
+    if found == 0 and model.num_classes:
         raise ValueError(
             f"model.num_classes is {model.num_classes}, but the data have no classes; expected null"
         )

@@ -74,7 +74,7 @@ def train_loop(job: dict[str, str]) -> int:
         WorkerFailed: whatever else happened.
     """
     try:
-        config = configs.resolve(configs.parse(job["config"]), job["source"])
+        config = configs.resolve(configs.parse(job["config"], job["source"]), job["source"])
         host = Host(takes_signals=False, ends_when_stopped=False, notice=preemption_notice())
         code = run_when_free(lambda: worker.run(config, host))
     except Exception as error:
