@@ -264,7 +264,7 @@ def loads(text: str | bytes, source: str) -> RunConfig | FixedRun:
     return resolve_any(parse(text, source), source)
 
 
-def parse(text: str | bytes, source: str = "config") -> DictConfig:
+def parse(text: str | bytes, source: str) -> DictConfig:
     """Return the keys and values of YAML, in UTF-8 where it is bytes; ``source`` is named in errors."""
     try:
         values = OmegaConf.load(io.StringIO(text if isinstance(text, str) else text.decode()))

@@ -26,9 +26,7 @@ def load_average(
         ValueError: if there is no complete checkpoint at that step.
         BrokenCheckpoint: if a file of it is not the one that was saved, or it has no such average.
     """
-    steps = store.complete_steps(run_dir)
-    if step not in steps:
-        raise ValueError(f"{run_dir}: no complete checkpoint at step {step}; complete: {steps or 'none'}")
+    store.check_step(run_dir, step)
     average: dict[str, Any] = {
         name: torch.empty_like(p) for name, p in stage.named_parameters() if p.requires_grad
     }

@@ -29,12 +29,13 @@ def pick_step(run_dir: Path, step: int | None) -> int:
     Raises:
         ValueError: if there is none.
     """
-    steps = store.complete_steps(run_dir)
-    if not steps:
+    if step is not None:
+        store.check_step(run_dir, step)
+        return step
+    newest = store.latest_step(run_dir)
+    if newest is None:
         raise ValueError(f"{run_dir}: no complete checkpoint")
-    if step is not None and step not in steps:
-        raise ValueError(f"{run_dir}: no complete checkpoint at step {step}; complete: {steps}")
-    return steps[-1] if step is None else step
+    return newest
 
 
 def export(

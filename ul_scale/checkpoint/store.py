@@ -141,6 +141,13 @@ def latest_step(run_dir: Path) -> int | None:
     return max(complete_steps(run_dir), default=None)
 
 
+def check_step(run_dir: Path, step: int) -> None:
+    """Raise ``ValueError`` if a run has no complete checkpoint at a step."""
+    steps = complete_steps(run_dir)
+    if step not in steps:
+        raise ValueError(f"{run_dir}: no complete checkpoint at step {step}; complete: {steps or 'none'}")
+
+
 def read_commit(run_dir: Path, step: int) -> Commit:
     """Return a complete checkpoint's COMMIT; raise ``FileNotFoundError`` if there is none at this step."""
     if commit := _complete(run_dir, [step]).get(step):
