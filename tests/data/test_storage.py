@@ -18,6 +18,7 @@ from buckets import Gate, bucket_root, gate, gcs_bucket, s3_bucket
 from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.registry import _registry
 
+from ul_scale.checkpoint.files import sizes, write_atomic
 from ul_scale.data import storage
 from ul_scale.data.config import DataConfig
 from ul_scale.data.storage import ReadPolicy
@@ -254,6 +255,25 @@ def test_a_local_folder(tmp_path: Path) -> None:
         storage.list_files(str(tmp_path / "b.tar"))
     with pytest.raises(ValueError, match="/none: no such folder$"):
         storage.list_files(str(tmp_path / "none"))
+
+
+def test_a_listing_beside_another_writer(tmp_path: Path) -> None:
+    stop = threading.Event()
+
+    def write() -> None:
+        while not stop.is_set():
+            for number in range(50):
+                write_atomic(tmp_path / f"{number}.tar", b"1")
+
+    with ThreadPoolExecutor(1) as pool:
+        writing = pool.submit(write)
+        try:
+            for _ in range(300):
+                assert all(entry["size"] is not None for entry in storage.list_files(str(tmp_path)).values())
+                assert set(sizes(tmp_path).values()) <= {0, 1}
+        finally:
+            stop.set()
+        writing.result()
 
 
 def test_a_folder_in_a_bucket(bucket_root: str) -> None:

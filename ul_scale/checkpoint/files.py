@@ -231,8 +231,13 @@ def list_versions(directory: Path) -> dict[str, str | None]:
 def sizes(directory: Path) -> dict[str, int]:
     """Return the size in bytes of every file below a directory, by its relative path, sorted."""
     if is_local(directory):
-        paths = {path.relative_to(directory).as_posix(): path for path in sorted(directory.rglob("*"))}
-        return {name: path.stat().st_size for name, path in paths.items() if path.is_file()}
+        there = {}
+        for path in sorted(directory.rglob("*")):
+            # Another writer's temporary file may just have got its name.
+            with contextlib.suppress(FileNotFoundError):
+                if path.is_file():
+                    there[path.relative_to(directory).as_posix()] = path.stat().st_size
+        return there
     try:
         found = request(directory, lambda fs, key: fs.find(key, detail=True), "list")
     except FileNotFoundError:

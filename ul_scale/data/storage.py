@@ -160,7 +160,10 @@ def _list(fs: Any, root: str) -> list[dict[str, Any]]:
     with os.scandir(root) as found:  # in half the time that fsspec takes, for it looks at every link twice
         for entry in found:
             if entry.is_file():
-                stat = entry.stat()
+                try:
+                    stat = entry.stat()
+                except FileNotFoundError:  # another writer's temporary file has just got its name
+                    continue
                 entries.append(
                     {"name": entry.path, "type": "file", "size": stat.st_size, "mtime": stat.st_mtime}
                 )
